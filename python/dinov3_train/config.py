@@ -1,0 +1,332 @@
+"""The typed description of a run: frozen sections and the `Config` that holds them.
+
+A recipe (`dinov3_train.recipes`) is a function that returns a `Config`; `key.sub=value` overrides are merged into the
+typed structure, so an unknown key or a wrong type is an error that names the nearest keys. Only `build.py`, `cli.py`
+and recipes read `Config`; models, losses and data take the plain section they own.
+
+Numbers cite the paper (arXiv 2508.10104) or the defaults of the released weights where the two differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Axial rotary positions: coordinates in [-1, 1] per axis, augmented while training in the order shift, jitter, rescale."""
+
+    base: float = 100.0  # periods base^(2k/(E/2)), k < E/4
+    shift: float | None = None  # add U(-s, s) per axis
+    jitter: float | None = None  # multiply each axis by exp U(-ln j, ln j)
+    rescale: float | None = 2.0  # multiply both axes by one exp U(-ln r, ln r)
+    draw: str = "sequence"  # "sequence": once per crop and step | "block": per block and crop group, as the released models
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A vision transformer, every number of its architecture (paper section 3, spec table of sizes)."""
+
+    name: str = "vit_large"
+    embed_dim: int = 1024
+    depth: int = 24
+    heads: int = 16
+    ffn: str = "mlp"  # "mlp" | "swiglu" (hidden rounded up to 8) | "swiglu64" (rounded up to 64)
+    ffn_ratio: float = 4.0
+    patch_size: int = 16
+    registers: int = 4
+    layer_scale: float = 1e-5  # initial value of the residual gains
+    norm_eps: float = 1e-5
+    qkv_bias: bool = True
+    mask_k_bias: bool = True
+    untie_local_cls_norm: bool = False  # a LayerNorm of its own for CLS and registers of local crops while training
+    drop_path: float = 0.0  # share of sequences whose residual branch is skipped
+    rope: Rope = field(default_factory=Rope)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """Projection head: linears with GELU, L2 normalisation, then prototypes without bias."""
+
+    hidden: int = 2048
+    bottleneck: int = 256
+    prototypes: int = 65536
+    layers: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """Multi-crop augmentation. Sides in pixels; scales are shares of the image's area."""
+
+    globals: int = 2
+    locals: int = 8
+    global_size: int = 256
+    local_size: int = 112
+    gram_size: int | None = None  # side of the Gram teacher's crop (same geometry as the global crop), None: no such crop
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    horizontal_flip: float = 0.5
+    # blur probabilities of global crop 1, global crop 2, local crops. "paper": 1.0, 0.1, 0.5 as the DINO paper means them;
+    # "released": 0.0, 0.9, 0.5 as every released weight was trained (an inverted argument in the published code)
+    blur: str = "paper"
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+    color_jitter_probability: float = 0.8
+    grayscale: float = 0.2
+    solarize: float = 0.2  # on the second global crop, threshold 128
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masking:
+    """BEiT block masks for iBOT: a share of all global crops, each with its own masked share of patches."""
+
+    crop_probability: float = 0.5
+    ratio_min: float = 0.1
+    ratio_max: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where images come from: folder, file list, WebDataset tar shards or `torchvision:NAME`, one or several."""
+
+    sources: tuple[str, ...] = ()
+    labelled: tuple[str, ...] = ()  # train and test source for the online k-NN: empty, or exactly two
+    workers: int = 8
+    max_unreadable: float = 0.01  # share of images; above it the run stops with the list
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Weights and temperatures of DINO, iBOT and KoLeo (paper section 3.2, spec section 3)."""
+
+    dino: float = 1.0
+    ibot: float = 1.0
+    koleo: float = 0.1
+    koleo_group: int | None = None  # images a nearest neighbour is looked for in; None: the rank's batch
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.07
+    teacher_temperature_start: float = 0.04
+    teacher_temperature_warmup: int = 0  # steps
+    sinkhorn_iterations: int = 3
+    local_weight: float = 1.0  # weight of the local DINO term beside its 16/18 (0.5 in the paper's later stages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW with layer-wise decay; effective rate = lr * 4 * sqrt(batch / 1024) under `sqrt_wrt_1024`."""
+
+    lr: float = 1e-3
+    lr_rule: str = "sqrt_wrt_1024"  # | "linear_wrt_256" | "none"
+    lr_end: float | None = None  # None: constant after warm-up
+    warmup: int = 0  # steps, linear from 0
+    cooldown: int = 0  # last steps, cosine to lr_end (or to 0 when lr_end is None); 0: cosine over the whole run if lr_end is set
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.04
+    weight_decay_end: float | None = None  # cosine over the run
+    layer_decay: float = 1.0
+    patch_embed_multiplier: float = 0.2
+    clip: float | None = 3.0  # per module: backbone, DINO head, iBOT head
+    freeze_prototypes: int = 0  # steps in which the last layer of the heads does not move
+    momentum: float = 0.994  # of the EMA teacher
+    momentum_end: float | None = None  # cosine over the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How long, how large a batch, in which precision, what is kept."""
+
+    steps: int = 100_000
+    minutes: float | None = None  # stop (with a checkpoint) after so many minutes of wall-clock, whatever `steps` says
+    batch_size: int = 64  # images over all ranks and micro-batches
+    accumulate: int = 1  # micro-batches; Sinkhorn and KoLeo see one micro-batch
+    seed: int = 0
+    precision: str = "bf16"  # "bf16": autocast with fp32 weights | "fp32"
+    compile: bool = False
+    checkpointing: str = "none"  # activation checkpointing: "none" | "selective" | "full"
+    checkpoint_every: int = 1000  # steps
+    keep: int = 3  # newest checkpoints
+    history_every: int = 0  # steps between the thin history of teacher weights kept for choosing a Gram teacher; 0: none
+    log_every: int = 10  # steps
+    evaluate_every: int = 0  # steps between online k-NN on `data.labelled`; 0: never
+    max_skipped: int = 10  # non-finite steps in a row after which the run stops
+    tensorboard: bool = True
+    wandb: str | None = None  # project name; needs the extra
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    recipe: str = ""
+    backbone: Backbone = field(default_factory=Backbone)
+    dino_head: Head = field(default_factory=Head)
+    ibot_head: Head = field(default_factory=Head)
+    crops: Crops = field(default_factory=Crops)
+    masking: Masking = field(default_factory=Masking)
+    data: Data = field(default_factory=Data)
+    losses: Losses = field(default_factory=Losses)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    run: Run = field(default_factory=Run)
+
+
+SECTIONS = (Config, Backbone, Rope, Head, Crops, Masking, Data, Losses, Optimizer, Run)
+
+
+def leaves(config_type: type = Config, prefix: str = "") -> dict[str, type]:
+    """Every settable key, dotted, with its annotated type."""
+    hints = typing.get_type_hints(config_type)
+    found: dict[str, type] = {}
+    for entry in dataclasses.fields(config_type):
+        key = f"{prefix}{entry.name}"
+        if dataclasses.is_dataclass(hints[entry.name]):
+            found |= leaves(hints[entry.name], key + ".")
+        else:
+            found[key] = hints[entry.name]
+    return found
+
+
+def override(config: Config, overrides: Sequence[str], patch: str | Path | None = None) -> Config:
+    """Merge a YAML patch, then `key.sub=value` pairs, into the typed structure.
+
+    Args:
+        config: what the recipe returned.
+        overrides: `"optimizer.lr=1e-3"`, `"data.sources=[a,b]"`, ... values are read as YAML.
+        patch: YAML file with the same nesting, merged before the overrides.
+
+    Errors: ValueError for a word without `=`, an unknown key (naming the nearest ones) or a value of a wrong type.
+    """
+    updates: dict[str, object] = {}
+    if patch is not None:
+        path = Path(patch)
+        if not path.is_file():
+            raise ValueError(f"config: expected a YAML file, got {patch!r}, which does not exist")
+        updates |= _flatten(_parsed(path.read_text(), f"config file {path}"))
+    for word in overrides:
+        key, separator, text = word.partition("=")
+        if not separator or not key:
+            raise ValueError(f"override: expected key.sub=value, got {word!r}")
+        updates[key.strip()] = _value(text)
+    return replaced(config, updates)
+
+
+def replaced(config: Config, updates: dict[str, object]) -> Config:
+    """The config with dotted keys replaced, each checked against the type it is declared with."""
+    known = leaves()
+    values = to_dict(config)
+    for key, value in updates.items():
+        if key not in known:
+            raise ValueError(_unknown(key, known))
+        section = values
+        *path, last = key.split(".")
+        for part in path:
+            section = section[part]
+        section[last] = _coerced(key, value, known[key])
+    return from_dict(values)
+
+
+def to_dict(config: Config) -> dict:
+    """Plain nested dictionaries and lists, as written into the run folder and each checkpoint."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict, section: type = Config, prefix: str = "") -> Config:
+    """The inverse of `to_dict`; an unknown key or a wrong type is a ValueError, a missing key takes its default."""
+    hints = typing.get_type_hints(section)
+    unknown = [f"{prefix}{key}" for key in values if key not in hints]
+    if unknown:
+        raise ValueError(_unknown(unknown[0], leaves()))
+    arguments = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise ValueError(f"config: {prefix}{key} is a section, expected keys below it, got {value!r}")
+            arguments[key] = from_dict(value, hints[key], f"{prefix}{key}.")
+        else:
+            arguments[key] = _coerced(f"{prefix}{key}", value, hints[key])
+    return section(**arguments)
+
+
+def to_yaml(config: Config) -> str:
+    """YAML text of the whole effective config."""
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(to_dict(config))))
+
+
+def from_yaml(text: str) -> Config:
+    """The inverse of `to_yaml`."""
+    return from_dict(_parsed(text, "config"))
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
+
+
+def _parsed(text: str, what: str) -> dict:
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except Exception as error:  # the YAML library raises several unrelated types
+        raise ValueError(f"{what}: expected YAML keys and values, got {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{what}: expected YAML keys and values, got {type(parsed).__name__}")
+    return parsed
+
+
+def _value(text: str) -> object:
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    except OmegaConfBaseException:
+        return text
+
+
+def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _unknown(key: str, known: dict[str, type]) -> str:
+    by_tail = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    close = list(dict.fromkeys(by_tail + difflib.get_close_matches(key, known, n=3, cutoff=0.5)))[:3]
+    below = [name for name in known if name.startswith(key + ".")][:3]
+    hint = f"; nearest: {', '.join(close or below)}" if close or below else ""
+    return f"config: unknown key {key!r}{hint}"
+
+
+def _coerced(key: str, value: object, wanted: type) -> object:
+    options = typing.get_args(wanted) if typing.get_origin(wanted) is not tuple and typing.get_args(wanted) else (wanted,)
+    for option in options:
+        accepted, result = _accept(value, option)
+        if accepted:
+            return result
+    name = " | ".join(getattr(o, "__name__", str(o)) if typing.get_origin(o) is None else str(o) for o in options)
+    raise ValueError(f"config: {key} expects {name.replace('NoneType', 'null')}, got {value!r}")
+
+
+def _accept(value: object, option: type) -> tuple[bool, object]:
+    """Whether `value` is of type `option` (an int counts as a float, a single word as a tuple of one), and its final form."""
+    if option is type(None):
+        return value is None, None
+    if typing.get_origin(option) is tuple:
+        entries = value if isinstance(value, (tuple, list)) else (value,) if isinstance(value, str) and value else None
+        if entries is None:
+            return False, None
+        kinds = typing.get_args(option)
+        kinds = (kinds[0],) * len(entries) if kinds[-1] is Ellipsis else kinds
+        parts = [_accept(entry, kind) for entry, kind in zip(entries, kinds)]
+        return len(entries) == len(kinds) and all(ok for ok, _ in parts), tuple(part for _, part in parts)
+    if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return True, float(value)
+    if option is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return True, str(value)
+    return isinstance(value, option) and (option is bool or not isinstance(value, bool)), value
