@@ -1,0 +1,1 @@
+"""One module per op: public function, plain-PyTorch reference, fake, backward."""

@@ -1,0 +1,177 @@
+"""Cross-entropy of student logits against Sinkhorn-Knopp assignments that are never stored."""
+
+import torch
+from torch import Tensor
+
+from dinov3_ext._paths import Path, explains, reference_forced
+from dinov3_ext.ops.sinkhorn_knopp import Potentials
+
+LOGITS_AT_ONCE = 1 << 24  # logits widened to fp32 at a time: a workspace of some 64 MB however many rows there are
+
+
+def assignment_cross_entropy(
+    student: Tensor,
+    teacher: Tensor,
+    potentials: Potentials,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    weight: Tensor | None = None,
+    overwrite_student: bool = False,
+) -> Tensor:
+    """Cross-entropy of every student crop against every teacher crop of the same images.
+
+    p[a, b, k] = exp(teacher[a, b, k] / teacher_temperature + rows[a B + b] + columns[k])
+    losses[c, a] = sum_b weight[b] (logsumexp_k(s[c, b, :]) - sum_k p[a, b, k] s[c, b, k]),  s = student / student_temperature
+
+    Saved for backward: the logits, the potentials and one number per student row. No gradient to the teacher.
+
+    Args:
+        student: (C, B, K) logits, fp32, bf16, fp16 or fp64.
+        teacher: (A, B, K) logits.
+        potentials: of the teacher's logits, rows in the order (A, B); rows (A * B,), columns (K,).
+        student_temperature: > 0.
+        teacher_temperature: > 0, the temperature the potentials were made with.
+        weight: (B,) of each image or patch, or None for the mean: 1 / B. No gradient.
+        overwrite_student: backward writes the gradient over the student logits instead of into new memory. The logits
+            must then be the result of an operation and have no other reader: one that needs them in its own backward
+            gets autograd's error about a tensor modified in place. Refused while compiling, where such a write would be
+            silently wrong.
+    Returns:
+        (C, A) losses, fp32 (fp64 for fp64 logits).
+    Raises:
+        ValueError: wrong shape, type, device or temperature; overwrite_student on a leaf or while compiling.
+    """
+    _check_inputs(student, teacher, potentials, student_temperature, teacher_temperature, weight)
+    if overwrite_student and torch.compiler.is_compiling():
+        raise ValueError("assignment_cross_entropy: overwrite_student must be False under torch.compile; got True")
+    if overwrite_student and student.requires_grad and student.is_leaf:
+        raise ValueError(
+            "assignment_cross_entropy: overwrite_student needs student logits made by an operation; got a leaf tensor"
+        )
+    if reference_forced():
+        return assignment_cross_entropy_reference(
+            student,
+            teacher,
+            potentials,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            weight=weight,
+        )
+    return _AssignmentCrossEntropy.apply(
+        student, teacher, potentials.rows, potentials.columns, weight,
+        (student_temperature, teacher_temperature), overwrite_student,
+    )  # fmt: skip
+
+
+def assignment_cross_entropy_reference(
+    student: Tensor,
+    teacher: Tensor,
+    potentials: Potentials,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """The plain twin of `assignment_cross_entropy`: assignments and log-probabilities written out, autograd's backward."""
+    _check_inputs(student, teacher, potentials, student_temperature, teacher_temperature, weight)
+    wide = torch.float64 if student.dtype is torch.float64 else torch.float32
+    views, rows = teacher.shape[:2]
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        scores = teacher.to(wide) / teacher_temperature
+        p = (scores + potentials.rows.view(views, rows, 1) + potentials.columns).exp()  # (A, B, K)
+    with torch.autocast(student.device.type, enabled=False):
+        log_q = (student.to(wide) / student_temperature).log_softmax(-1)  # (C, B, K)
+        each = -torch.einsum("abk,cbk->cab", p, log_q)  # (C, A, B)
+        return each.mean(-1) if weight is None else (each * weight.to(wide)).sum(-1)
+
+
+class _AssignmentCrossEntropy(torch.autograd.Function):
+    """Row blocks of at most LOGITS_AT_ONCE logits, so that nothing of the size of the logits is made in forward."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, rows, columns, weight, temperatures, overwrite_student):
+        wide = torch.float64 if student.dtype is torch.float64 else torch.float32
+        factor = _factor(weight, student, wide)  # (B,)
+        log_sums, losses = [], student.new_zeros(student.shape[0], teacher.shape[0], dtype=wide)
+        with torch.autocast(student.device.type, enabled=False):
+            for part in _blocks(student, teacher):
+                s = student[:, part].to(wide) / temperatures[0]  # (C, b, K)
+                p = _probabilities(teacher, rows, columns, part, temperatures[1])  # (A, b, K)
+                log_sums.append(torch.logsumexp(s, -1))  # (C, b)
+                dots = torch.einsum("cbk,abk->cab", s, p)  # (C, A, b)
+                losses = losses + ((log_sums[-1][:, None] - dots) * factor[part]).sum(-1)
+        log_sum = torch.cat(log_sums, 1) if log_sums else losses.new_zeros(student.shape[0], 0)
+        ctx.save_for_backward(student, teacher, rows, columns, factor, log_sum)
+        ctx.temperatures, ctx.overwrite_student = temperatures, overwrite_student
+        return losses
+
+    @staticmethod
+    def backward(ctx, losses_grad):  # (C, A)
+        student, teacher, rows, columns, factor, log_sum = ctx.saved_tensors
+        wide = log_sum.dtype
+        grad = student if ctx.overwrite_student else torch.empty_like(student)
+        with torch.autocast(student.device.type, enabled=False):
+            for part in _blocks(student, teacher):
+                q = (student[:, part].to(wide) / ctx.temperatures[0] - log_sum[:, part, None]).exp()  # (C, b, K)
+                p = _probabilities(teacher, rows, columns, part, ctx.temperatures[1])
+                q = q * losses_grad.sum(1)[:, None, None]
+                q = q - torch.einsum("ca,abk->cbk", losses_grad, p)
+                grad[:, part] = (q * (factor[part, None] / ctx.temperatures[0])).to(grad.dtype)
+        return (grad.detach() if ctx.overwrite_student else grad), None, None, None, None, None, None
+
+
+def _factor(weight: Tensor | None, student: Tensor, wide: torch.dtype) -> Tensor:
+    """(B,) what each row's cross-entropy is multiplied with."""
+    rows = student.shape[1]
+    return student.new_full((rows,), 1 / max(rows, 1), dtype=wide) if weight is None else weight.detach().to(wide)
+
+
+def _blocks(student: Tensor, teacher: Tensor) -> list[slice]:
+    """Slices of the B rows."""
+    crops, rows, prototypes = student.shape
+    step = max(1, LOGITS_AT_ONCE // ((crops + teacher.shape[0]) * prototypes))
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def _probabilities(teacher: Tensor, rows: Tensor, columns: Tensor, part: slice, temperature: float) -> Tensor:
+    """Assignments of some rows: (A, b, K) in the type of the potentials."""
+    scores = teacher[:, part].to(columns.dtype) / temperature
+    return (scores + rows.view(teacher.shape[:2])[:, part, None] + columns).exp()
+
+
+def _check_inputs(
+    student: Tensor,
+    teacher: Tensor,
+    potentials: Potentials,
+    student_temperature: float,
+    teacher_temperature: float,
+    weight: Tensor | None,
+) -> None:
+    op = "assignment_cross_entropy"
+    if student.ndim != 3 or teacher.ndim != 3 or student.shape[1:] != teacher.shape[1:]:
+        raise ValueError(
+            f"{op}: student (C, B, K) and teacher (A, B, K) must share B and K; "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    if not student.is_floating_point() or not teacher.is_floating_point():
+        raise ValueError(f"{op}: student and teacher must be floating point; got {student.dtype}, {teacher.dtype}")
+    views, rows, prototypes = teacher.shape
+    if potentials.rows.shape != (views * rows,) or potentials.columns.shape != (prototypes,):
+        raise ValueError(
+            f"{op}: potentials must be rows (A * B,) = ({views * rows},) and columns (K,) = ({prototypes},); "
+            f"got {tuple(potentials.rows.shape)} and {tuple(potentials.columns.shape)}"
+        )
+    if weight is not None and weight.shape != (rows,):
+        raise ValueError(f"{op}: weight must be (B,) = ({rows},) or None; got {tuple(weight.shape)}")
+    if not student_temperature > 0 or not teacher_temperature > 0:
+        raise ValueError(f"{op}: temperatures must be > 0; got {student_temperature} and {teacher_temperature}")
+
+
+@explains("assignment_cross_entropy")
+def _explain(device: torch.device, dtype: torch.dtype) -> Path:
+    return Path(
+        "assignment_cross_entropy",
+        "composition",
+        "PyTorch operations over blocks of rows, assignments recomputed in backward; no kernel of our own yet",
+    )

@@ -1,0 +1,285 @@
+"""Attention over packed sequences of several lengths, with axial rotary position embedding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov3_ext._paths import Path, explains, reference_forced
+
+SEQUENCE_COLUMNS = ("first token", "tokens", "prefix length", "first y-row", "first x-row", "grid width")
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where each sequence of a packed token list lies and which rows of the rotary table it reads; built on the host.
+
+    Args:
+        sequences: int32 CPU Tensor (S, 6): first token, tokens, prefix length (tokens in front that are not rotated:
+            CLS and registers), first y-row, first x-row, grid width. Patch token n of a sequence reads the rows
+            `first y-row + n // grid width` and `first x-row + n % grid width` of the table.
+        groups: `(count, tokens)` of each run of equally long, consecutive sequences, in order.
+    """
+
+    sequences: Tensor
+    groups: tuple[tuple[int, int], ...]
+    token_rows: Tensor = field(init=False, repr=False)
+    """int64 (tokens, 2): y-row and x-row of each token; -1 for a prefix token. On the device of `to`."""
+
+    def __post_init__(self) -> None:
+        _check_layout(self.sequences, self.groups)
+        object.__setattr__(self, "token_rows", _token_rows(self.sequences))
+
+    @classmethod
+    def uniform(
+        cls, groups: Sequence[tuple[int, int, int]], *, prefix: int, tables: str = "group", first_row: int = 0
+    ) -> "Layout":
+        """Layout of crop groups whose tokens lie one sequence after another.
+
+        The rotary table that goes with it holds, for each group in order, h y-rows and then w x-rows; with
+        `tables="sequence"` it holds h + w rows for every sequence, so that each may have its own random box.
+
+        Args:
+            groups: `(count, h, w)` of each group: sequences, patch rows, patch columns. Empty groups are left out.
+            prefix: tokens in front of the patches, 1 + R.
+            tables: `"group"`: one table per group; `"sequence"`: one per sequence.
+            first_row: row of the table where the first group begins.
+        Returns:
+            a `Layout` of sum(count * (prefix + h * w)) tokens.
+        """
+        if tables not in ("group", "sequence"):
+            raise ValueError(f'Layout.uniform: tables must be "group" or "sequence"; got {tables!r}')
+        columns, kept, token, row = [], [], 0, first_row
+        for count, height, width in groups:
+            if count < 0 or height < 1 or width < 1 or prefix < 0:
+                raise ValueError(
+                    "Layout.uniform: groups and prefix must be count >= 0, h >= 1, w >= 1, prefix >= 0; "
+                    f"got group ({count}, {height}, {width}), prefix {prefix}"
+                )
+            tokens = prefix + height * width
+            each = np.arange(count, dtype=np.int64)
+            rows = row + each * (height + width if tables == "sequence" else 0)  # (count,)
+            constant = np.ones_like(each)
+            columns.append(
+                np.stack(
+                    [token + each * tokens, constant * tokens, constant * prefix, rows, rows + height, constant * width], 1
+                )
+            )
+            token += count * tokens
+            row += (height + width) * (count if tables == "sequence" else 1)
+            if count:
+                kept.append((count, tokens))
+        table = np.concatenate(columns).astype(np.int32) if columns else np.zeros((0, 6), np.int32)
+        return cls(torch.from_numpy(table), tuple(kept))
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all sequences together."""
+        return sum(count * tokens for count, tokens in self.groups)
+
+    @property
+    def device(self) -> torch.device:
+        """Where `token_rows` lies; `sequences` stays on the host."""
+        return self.token_rows.device
+
+    def to(self, device: str | torch.device) -> "Layout":
+        """The same layout with its per-token table on `device`."""
+        if self.token_rows.device == torch.device(device):
+            return self
+        moved = object.__new__(Layout)
+        object.__setattr__(moved, "sequences", self.sequences)
+        object.__setattr__(moved, "groups", self.groups)
+        object.__setattr__(moved, "token_rows", self.token_rows.to(device, non_blocking=True))
+        return moved
+
+    def select(self, indices: Sequence[int] | np.ndarray | Tensor) -> tuple["Layout", Tensor]:
+        """Keeps some sequences and packs their tokens again from 0 (drop path).
+
+        Args:
+            indices: sequence numbers, strictly increasing, host values.
+        Returns:
+            (layout of the kept sequences on the host, int64 CPU Tensor (kept tokens,) that gathers them:
+            `x[token_index]`). The kept sequences read the same rows of the rotary table as before.
+        Raises:
+            ValueError: indices out of range or not strictly increasing.
+        """
+        chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
+        total = self.sequences.shape[0]
+        if chosen.size and (chosen[0] < 0 or chosen[-1] >= total or (np.diff(chosen) <= 0).any()):
+            raise ValueError(
+                f"Layout.select: indices must be strictly increasing within 0 .. {total - 1}; got {chosen.tolist()}"
+            )
+        old = self.sequences.numpy()[chosen]  # (kept, 6)
+        lengths = old[:, 1].astype(np.int64)
+        firsts = np.cumsum(lengths) - lengths
+        token_index = np.repeat(old[:, 0] - firsts, lengths) + np.arange(lengths.sum())
+        new = old.copy()
+        new[:, 0] = firsts
+        groups, begin = [], 0
+        for count, tokens in self.groups:
+            kept = int(((chosen >= begin) & (chosen < begin + count)).sum())
+            begin += count
+            if kept:
+                groups.append((kept, tokens))
+        return Layout(torch.from_numpy(new), tuple(groups)), torch.from_numpy(token_index)
+
+
+def rope_attention(qkv: Tensor, rope: Tensor, layout: Layout, *, scale: float) -> Tensor:
+    """Self-attention inside each sequence of a packed list, q and k rotated by their patch's row and column.
+
+    out = softmax(scale * R(q) R(k)^T) v, per sequence and head. R turns the pair (e, e + E/2) by the angle of
+    component e; the first E/4 components take the token's y-row, the next E/4 its x-row; prefix tokens are not turned.
+    q and k are rotated in fp32 and rounded once. Under autocast the autocast type is used.
+
+    Args:
+        qkv: (tokens, 3, H, E) query, key, value; fp32, bf16, fp16 or fp64; E a multiple of 4.
+        rope: (rows, 2, E/4) cosines and sines; fp32 (fp64 for fp64 qkv). No gradient.
+        layout: where the sequences lie; `layout.tokens` tokens.
+        scale: factor of the scores, usually E ** -0.5.
+    Returns:
+        (tokens, H, E) in the type of qkv (or of autocast).
+    Raises:
+        ValueError: wrong shape, type or device.
+    """
+    _check_inputs("rope_attention", qkv, rope, layout)
+    if reference_forced():
+        return rope_attention_reference(qkv, rope, layout, scale=scale)
+    if qkv.dtype is torch.float32 and torch.is_autocast_enabled(qkv.device.type):
+        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
+    query, key = _rotate(qkv, rope, layout).unbind(1)  # 2 x (tokens, H, E)
+    outs, first = [], 0
+    for count, tokens in layout.groups:
+        part = slice(first, first + count * tokens)
+        q, k, v = (x[part].unflatten(0, (count, tokens)).transpose(1, 2) for x in (query, key, qkv[:, 2]))
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)  # (count, H, T, E)
+        outs.append(out.transpose(1, 2).flatten(0, 1))  # (count * T, H, E)
+        first = part.stop
+    return torch.cat(outs) if outs else qkv.new_empty(0, *qkv.shape[2:])
+
+
+def rope_attention_reference(qkv: Tensor, rope: Tensor, layout: Layout, *, scale: float) -> Tensor:
+    """The plain twin of `rope_attention`: every sequence on its own, the score matrix written out.
+
+    Args, result: as `rope_attention`; in fp64 everything is fp64, otherwise sums are fp32 and the result is rounded
+    to the type of qkv.
+    """
+    _check_inputs("rope_attention_reference", qkv, rope, layout)
+    query, key = rope_rotate_reference(qkv, rope, layout).unbind(1)
+    wide = torch.float64 if qkv.dtype is torch.float64 else torch.float32
+    outs = []
+    with torch.autocast(qkv.device.type, enabled=False):
+        for first, tokens, *_ in layout.sequences.tolist():
+            part = slice(first, first + tokens)
+            q, k, v = (x[part].to(wide).transpose(0, 1) for x in (query, key, qkv[:, 2]))  # (H, T, E)
+            weights = (scale * (q @ k.transpose(1, 2))).softmax(-1)  # (H, T, T)
+            outs.append((weights @ v).transpose(0, 1).to(qkv.dtype))
+    return torch.cat(outs) if outs else qkv.new_empty(0, *qkv.shape[2:])
+
+
+def rope_rotate(qkv: Tensor, rope: Tensor, layout: Layout) -> Tensor:
+    """Query and key turned by their patch's row and column; v is not read.
+
+    out[e] = x[e] cos - x[e + E/2] sin,  out[e + E/2] = x[e + E/2] cos + x[e] sin,  in fp32, rounded once.
+
+    Args, errors: as `rope_attention`.
+    Returns:
+        (tokens, 2, H, E) in the type of qkv.
+    """
+    _check_inputs("rope_rotate", qkv, rope, layout)
+    return rope_rotate_reference(qkv, rope, layout) if reference_forced() else _rotate(qkv, rope, layout)
+
+
+def rope_rotate_reference(qkv: Tensor, rope: Tensor, layout: Layout) -> Tensor:
+    """The plain twin of `rope_rotate`: full tables of cosines and sines, sequence by sequence."""
+    _check_inputs("rope_rotate_reference", qkv, rope, layout)
+    wide = torch.float64 if qkv.dtype is torch.float64 else torch.float32
+    outs = []
+    for first, tokens, prefix, y_row, x_row, width in layout.sequences.tolist():
+        qk = qkv[first : first + tokens, :2]  # (T, 2, H, E)
+        patch = torch.arange(tokens - prefix, device=qkv.device)
+        y, x = rope[y_row + patch // max(width, 1)], rope[x_row + patch % max(width, 1)]  # (N, 2, E/4) each
+        cos, sin = torch.cat([y, x], -1).to(wide)[:, :, None, None].unbind(1)  # (N, 1, 1, E/2) each
+        low, high = qk[prefix:].to(wide).chunk(2, -1)  # (N, 2, H, E/2) each
+        turned = torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+        outs.append(torch.cat([qk[:prefix], turned.to(qkv.dtype)]))
+    return torch.cat(outs) if outs else qkv.new_empty(0, 2, *qkv.shape[2:])
+
+
+def _rotate(qkv: Tensor, rope: Tensor, layout: Layout) -> Tensor:
+    """All sequences at once: (tokens, 3, H, E) -> (tokens, 2, H, E)."""
+    still = torch.stack([torch.ones_like(rope[0, 0]), torch.zeros_like(rope[0, 0])])  # (2, E/4), row -1: prefix tokens
+    rows = torch.cat([rope, still[None]])[layout.token_rows]  # (tokens, y|x, cos|sin, E/4)
+    cos = rows[:, :, 0].reshape(-1, 1, 1, qkv.shape[3] // 2)  # (tokens, 1, 1, E/2)
+    sin = rows[:, :, 1].reshape(-1, 1, 1, qkv.shape[3] // 2)
+    low, high = qkv[:, :2].chunk(2, -1)  # (tokens, 2, H, E/2) each
+    # A product of bf16 and fp32 is made in fp32 without a widened copy of either.
+    return torch.cat(
+        [(low * cos - high * sin).to(qkv.dtype), (high * cos + low * sin).to(qkv.dtype)], -1
+    )  # (tokens, 2, H, E)
+
+
+def _token_rows(sequences: Tensor) -> Tensor:
+    """(S, 6) -> int64 (tokens, 2): rows of the rotary table, -1 for prefix tokens."""
+    _, lengths, prefix, y_row, x_row, width = sequences.numpy().astype(np.int64).T  # (S,) each
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    each = np.repeat(np.arange(len(lengths)), lengths)  # (tokens,) sequence number
+    patch, wide = within - prefix[each], np.maximum(width[each], 1)
+    rows = np.stack([y_row[each] + patch // wide, x_row[each] + patch % wide], 1)
+    rows[patch < 0] = -1
+    return torch.from_numpy(rows)
+
+
+def _check_layout(sequences: Tensor, groups: tuple[tuple[int, int], ...]) -> None:
+    if sequences.ndim != 2 or sequences.shape[1] != 6 or sequences.dtype is not torch.int32 or sequences.is_cuda:
+        raise ValueError(
+            f"Layout: sequences must be an int32 CPU tensor (S, 6) = {', '.join(SEQUENCE_COLUMNS)}; "
+            f"got {sequences.dtype} {tuple(sequences.shape)} on {sequences.device}"
+        )
+    table = sequences.numpy().astype(np.int64)
+    expected = np.repeat([t for _, t in groups], [c for c, _ in groups]) if groups else np.zeros(0, np.int64)
+    if not np.array_equal(table[:, 1], expected):
+        raise ValueError(
+            "Layout: groups must list (count, tokens) of consecutive sequences; "
+            f"got groups {groups} for sequences of {table[:, 1].tolist()} tokens"
+        )
+    if not np.array_equal(table[:, 0], np.cumsum(table[:, 1]) - table[:, 1]):
+        raise ValueError(f"Layout: sequences must lie one after another from token 0; got {table[:, 0].tolist()}")
+    if (table < 0).any() or (table[:, 2] > table[:, 1]).any():
+        raise ValueError(f"Layout: need 0 <= prefix length <= tokens and no negative entry; got {table.tolist()}")
+
+
+def _check_inputs(op: str, qkv: Tensor, rope: Tensor, layout: Layout) -> None:
+    if qkv.ndim != 4 or qkv.shape[1] != 3 or qkv.shape[3] % 4:
+        raise ValueError(f"{op}: qkv must be (tokens, 3, H, E) with E a multiple of 4; got {tuple(qkv.shape)}")
+    if not qkv.is_floating_point():
+        raise ValueError(f"{op}: qkv must be floating point; got {qkv.dtype}")
+    if rope.ndim != 3 or rope.shape[1:] != (2, qkv.shape[3] // 4):
+        raise ValueError(
+            f"{op}: rope must be (rows, 2, E/4) = (rows, 2, {qkv.shape[3] // 4}); got {tuple(rope.shape)}"
+        )
+    if rope.dtype is not torch.float32 and not (rope.dtype is torch.float64 and qkv.dtype is torch.float64):
+        raise ValueError(f"{op}: rope must be float32 (float64 for a float64 qkv); got {rope.dtype}")
+    if layout.tokens != qkv.shape[0]:
+        raise ValueError(f"{op}: layout must have as many tokens as qkv, {qkv.shape[0]}; got {layout.tokens}")
+    if qkv.device != rope.device or qkv.device != layout.device:
+        raise ValueError(
+            f"{op}: qkv, rope and layout must be on one device; got {qkv.device}, {rope.device}, {layout.device} "
+            "(layout.to(device) moves it)"
+        )
+
+
+@explains("rope_attention")
+def _explain_attention(device: torch.device, dtype: torch.dtype) -> Path:
+    return Path(
+        "rope_attention",
+        "composition",
+        "rotated in PyTorch, then one scaled_dot_product_attention per crop group; no kernel of our own yet",
+    )
+
+
+@explains("rope_rotate")
+def _explain_rotate(device: torch.device, dtype: torch.dtype) -> Path:
+    return Path("rope_rotate", "composition", "PyTorch operations over all sequences at once; no kernel of our own yet")
