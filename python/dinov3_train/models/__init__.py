@@ -1,0 +1,1 @@
+"""Backbones and heads: plain arguments in, tensors out."""
