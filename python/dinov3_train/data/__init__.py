@@ -1,0 +1,1 @@
+"""Images in, batches of crops and masks out: sources, decoding, augmentation, masking, sampling, loading."""
