@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from dinov3_train import counter
@@ -26,7 +26,6 @@ BLUR_SIGMA = (0.1, 2.0)
 RATIO = (3 / 4, 4 / 3)  # width over height of a crop, log-uniform
 ATTEMPTS = 10  # boxes tried before the central crop
 KEPT_DETAIL = 2.0  # a large image is shrunk first only as far as each crop still has twice the pixels it needs
-INVERTED = [value if value < 128 else 255 - value for value in range(256)] * 3  # solarize at 128
 ORDERS = list(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
 
 # columns of a crop's draws
@@ -63,17 +62,17 @@ class MultiCrop:
         for number in range(crops.globals):
             cut = self._cut(image, draws[number], crops.global_scale, crops.gram_size or crops.global_size)
             if crops.gram_size is not None:
-                gram_crops.append(to_tensor(cut))
+                gram_crops.append(to_tensor(np.array(cut)))
                 cut = cut.resize((crops.global_size, crops.global_size), Image.Resampling.BICUBIC)
-            global_crops.append(to_tensor(self._color(cut, draws[number], number)))
+            global_crops.append(self._color(cut, draws[number], number))
         local_crops = []
         for row in draws[crops.globals :]:
             cut = self._cut(image, row, crops.local_scale, crops.local_size)
-            local_crops.append(to_tensor(self._color(cut, row, None)))
+            local_crops.append(self._color(cut, row, None))
         return Views(global_crops, local_crops, gram_crops)
 
     def reduction(self, width: int, height: int) -> int:
-        """Whole number by which an image of this size may be shrunk: its smallest crop keeps `KEPT_DETAIL` times its side."""
+        """Whole number by which an image of this size may be shrunk: each crop keeps `KEPT_DETAIL` times its side."""
         crops = self.crops
         kinds = [(crops.global_scale[0], crops.gram_size or crops.global_size)]
         kinds += [(crops.local_scale[0], crops.local_size)] if crops.locals else []
@@ -86,28 +85,29 @@ class MultiCrop:
         mirrored = draws[FLIP] < self.crops.horizontal_flip
         return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else cut
 
-    def _color(self, image: Image.Image, draws: np.ndarray, number: int | None) -> Image.Image:
-        """Jitter, grey, blur and, on global crops after the first, solarize. number: of the global crop, None: local."""
+    def _color(self, image: Image.Image, draws: np.ndarray, number: int | None) -> Tensor:
+        """Jitter, grey, blur; solarize on global crops after the first. number: of the global crop, None: local.
+
+        Result: uint8 (3, side, side).
+        """
         crops = self.crops
         if draws[JITTER] < crops.color_jitter_probability:
             image = color_jitter(image, draws[FACTORS], crops.color_jitter, ORDERS[int(draws[ORDER] * len(ORDERS))])
         if draws[GRAY] < crops.grayscale:
             image = image.convert("L").convert("RGB")
-        first, further, local = BLUR[crops.blur]
-        probability = local if number is None else first if number == 0 else further
-        if draws[BLURRED] < probability:
-            image = gaussian_blur(image, BLUR_SIGMA[0] + draws[SIGMA] * (BLUR_SIGMA[1] - BLUR_SIGMA[0]))
+        pixels = np.array(image)  # (Y, X, 3)
+        if draws[BLURRED] < BLUR[crops.blur][2 if number is None else min(number, 1)]:
+            pixels = gaussian_blur(pixels, BLUR_SIGMA[0] + draws[SIGMA] * (BLUR_SIGMA[1] - BLUR_SIGMA[0]))
         if number is not None and number > 0 and draws[SOLARIZED] < crops.solarize:
-            image = image.point(INVERTED)
-        return image
+            pixels = solarize(pixels)
+        return to_tensor(pixels)
 
 
-def crop_box(
-    draws: np.ndarray, width: int, height: int, scale: tuple[float, float]
-) -> tuple[int, int, int, int]:
+def crop_box(draws: np.ndarray, width: int, height: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
     """Left, top, width, height of a random box: area U(scale) of the image, aspect log-uniform in [3/4, 4/3].
 
-    The first of ten proposals that fits; else the largest central box of an allowed aspect. draws: (33,), see BOX, PLACE.
+    The first of ten proposals that fits; else the largest central box of an allowed aspect.
+    draws: (33,), see BOX and PLACE.
     """
     for area, aspect in draws[BOX].reshape(ATTEMPTS, 2):
         target = width * height * (scale[0] + area * (scale[1] - scale[0]))
@@ -132,58 +132,86 @@ def color_jitter(
         amount, draw = strength[operation], draws[operation]
         if amount == 0:
             continue
-        if operation == 3:
-            image = shift_hue(image, (2 * draw - 1) * amount)
-            continue
         low = max(0.0, 1 - amount)
-        factor = low + draw * (1 + amount - low)
-        enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[operation]
-        image = enhance(image).enhance(factor)
+        factor = (2 * draw - 1) * amount if operation == 3 else low + draw * (1 + amount - low)
+        image = COLORS[operation](image, factor)
     return image
 
 
-def shift_hue(image: Image.Image, shift: float) -> Image.Image:
-    """Hue turned by `shift` of the circle, -0.5 to 0.5, in 8-bit HSV: one table look-up between two conversions."""
-    step = int(shift * 255)  # towards zero, as torchvision
-    table = [(value + step) % 256 for value in range(256)] + list(range(256)) * 2
-    return image.convert("HSV").point(table).convert("RGB")
+def brightness(image: Image.Image, factor: float) -> Image.Image:
+    """factor * image, clipped."""
+    return Image.blend(Image.new("RGB", image.size), image, factor)
 
 
-def gaussian_blur(image: Image.Image, sigma: float) -> Image.Image:
+def contrast(image: Image.Image, factor: float) -> Image.Image:
+    """The image's distance from its mean grey, times `factor`. (ImageEnhance finds the mean in Python, 3x slower.)"""
+    mean = int(np.asarray(image.convert("L")).mean() + 0.5)
+    return Image.blend(Image.new("RGB", image.size, (mean, mean, mean)), image, factor)
+
+
+def saturation(image: Image.Image, factor: float) -> Image.Image:
+    """Each pixel's distance from its own grey, times `factor`."""
+    return Image.blend(image.convert("L").convert("RGB"), image, factor)
+
+
+def hue(image: Image.Image, shift: float) -> Image.Image:
+    """Hue turned by `shift` of the circle, -0.5 to 0.5, in 8-bit HSV, modulo 256."""
+    step = int(shift * 255) % 256  # towards zero first, as torchvision
+    pixels = image.convert("HSV")
+    return ImageChops.add_modulo(pixels, Image.new("HSV", image.size, (step, 0, 0))).convert("RGB")
+
+
+COLORS = (brightness, contrast, saturation, hue)
+
+
+def gaussian_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
     """Gaussian of 9 taps per axis, weights exp(-x^2 / (2 sigma^2)) of sum 1, borders reflected.
 
-    Two passes of 9 taps in place of torchvision's 81: fp32, rounded once.
+    Two passes of 9 taps in place of torchvision's 81: fp32, rounded once. pixels, result: uint8 (Y, X, 3).
     """
-    radius = BLUR_RADIUS
+    height, width, radius = *pixels.shape[:2], BLUR_RADIUS
+    if min(height, width) <= radius:
+        raise ValueError(f"gaussian_blur: expected sides above {radius} pixels, got {width} x {height}")
     taps = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
     taps = (taps / (2 * taps.sum() - taps[0])).astype(np.float32)  # centre, then one side
-    pixels = np.asarray(image)  # (Y, X, 3)
-    if min(pixels.shape[:2]) <= radius:
-        raise ValueError(f"gaussian_blur: expected sides above {radius} pixels, got {image.width} x {image.height}")
-    rows = np.pad(pixels, ((radius, radius), (0, 0), (0, 0)), mode="reflect").astype(np.float32)
-    rows = _weigh(rows, taps, 0, pixels.shape[0])
-    columns = _weigh(np.pad(rows, ((0, 0), (radius, radius), (0, 0)), mode="reflect"), taps, 1, pixels.shape[1])
-    return Image.fromarray(np.rint(columns, out=columns).astype(np.uint8))
+    rows = pixels[_reflected(height)]  # (Y + 8, X, 3)
+    padded = np.empty((height, width + 2 * radius, 3), dtype=np.float32)
+    _weigh(rows.astype(np.float32), taps, 0, out=padded[:, radius:-radius])
+    padded[:, :radius] = padded[:, 2 * radius : radius : -1]
+    padded[:, -radius:] = padded[:, -radius - 2 : -2 * radius - 2 : -1]
+    blurred = _weigh(padded, taps, 1, out=np.empty(pixels.shape, dtype=np.float32))
+    blurred += 0.5
+    return blurred.astype(np.uint8)
 
 
-def _weigh(padded: np.ndarray, taps: np.ndarray, axis: int, length: int) -> np.ndarray:
-    """sum_k taps[|k|] padded[.. + k ..] along `axis`: fp32, `length` long there."""
+def _reflected(length: int) -> np.ndarray:
+    """Row numbers from -radius to length + radius - 1, mirrored at the first and the last row."""
+    places = np.abs(np.arange(-BLUR_RADIUS, length + BLUR_RADIUS))
+    return length - 1 - np.abs(length - 1 - places)
+
+
+def _weigh(padded: np.ndarray, taps: np.ndarray, axis: int, *, out: np.ndarray) -> np.ndarray:
+    """out = sum_k taps[|k|] * padded shifted by k along `axis`, fp32; `padded` has the radius more at both ends."""
+    length = out.shape[axis]
 
     def shifted(offset: int) -> np.ndarray:
         window = slice(BLUR_RADIUS + offset, BLUR_RADIUS + offset + length)
         return padded[window] if axis == 0 else padded[:, window]
 
-    total = shifted(0) * taps[0]
-    pair = np.empty_like(total)
+    np.multiply(shifted(0), taps[0], out=out)
+    pair = np.empty(out.shape, dtype=np.float32)
     for distance in range(1, BLUR_RADIUS + 1):
-        if taps[distance] == 0:
-            break
         np.add(shifted(-distance), shifted(distance), out=pair)
         pair *= taps[distance]
-        total += pair
-    return total
+        out += pair
+    return out
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """uint8 (3, Y, X), a view of the pixels in (Y, X, 3) order: `collate` copies them once."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def solarize(pixels: np.ndarray) -> np.ndarray:
+    """Values of 128 and more inverted. pixels, result: uint8 (Y, X, 3)."""
+    return np.where(pixels < 128, pixels, 255 - pixels)
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 (3, Y, X), a view of pixels (Y, X, 3): `collate` brings them into order in its one copy."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)

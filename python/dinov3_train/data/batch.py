@@ -57,7 +57,7 @@ def collate(
 ) -> CropBatch:
     """One `CropBatch` from the views of B images and their masks.
 
-    views: B records; masks: bool (G, B, N); indices: int64 (B,); names: B; skipped: "name: reason" of unreadable images.
+    views: B records; masks: bool (G, B, N); indices: int64 (B,); names: B; skipped: "name: reason" of images not read.
     """
     hidden = torch.from_numpy(masks)  # (G, B, N)
     per_crop = hidden.sum(-1, keepdim=True).clamp(min=1)  # (G, B, 1)

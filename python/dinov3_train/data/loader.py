@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -83,11 +84,11 @@ class CropLoader:
             try:
                 batch = next(loaded)
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error) or "exited" not in str(error) and "killed" not in str(error):
+                if not re.search(r"DataLoader worker .*(exited|killed)", str(error)):
                     raise
                 raise RuntimeError(
-                    f"loader: a worker process died while micro-batch {micro_batch} was being made ({error}); usual causes: "
-                    "memory ran out, or /dev/shm is too small (docker: --ipc=host or --shm-size); "
+                    f"loader: a worker process died while micro-batch {micro_batch} was being made ({error}); "
+                    "usual causes: memory ran out, or /dev/shm is too small (docker: --ipc=host or --shm-size); "
                     "fewer data.workers need less of both"
                 ) from error
             yield batch
@@ -116,7 +117,7 @@ class _Batches(Dataset):
         return collate(views, masks, indices=indices, names=names, skipped=skipped)
 
     def _view(self, index: int, skipped: list[str]) -> tuple[Views, str]:
-        """Crops of sample `index` and its image's name; an unreadable image gives its place to the next in the order."""
+        """Crops of sample `index` and its image's name; the next in the order stands in for an unreadable image."""
         attempts = min(self.sampler.size, UNREADABLE_IN_A_ROW)
         for skip in range(attempts):
             number = self.sampler.image(index, skip=skip)
@@ -143,7 +144,7 @@ class _Batches(Dataset):
 
 
 def _start_worker(_: int) -> None:
-    """One thread per worker, and signals are the main process's business: it saves a checkpoint, then ends the workers."""
+    """One thread per worker; signals are the main process's business: it saves a checkpoint, then ends the workers."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -73,7 +73,7 @@ def block_masks(counts: np.ndarray, grid: tuple[int, int], *, seed: int, crops: 
 
 
 def _blocks(draws: np.ndarray, missing: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Rectangles from draws (n, 4) = area, aspect, top, left: bool (n, h, w) and areas (n,), 0 where one does not fit."""
+    """Rectangles from draws (n, 4) = area, aspect, top, left: bool (n, h, w) and areas (n,), 0 where too big."""
     height, width = grid
     largest = np.minimum(missing, height * width / 2)
     area = LOWEST_AREA + draws[:, 0] * (largest - LOWEST_AREA)

@@ -1,4 +1,4 @@
-"""Which image is sample i: a pure function of (seed, i), so the order survives any number of workers, ranks and restarts."""
+"""Which image is sample i: a pure function of (seed, i), so the order survives workers, ranks and restarts."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Sampler:
         self._orders: dict[int, np.ndarray] = {}
 
     def image(self, index: int, *, skip: int = 0) -> int:
-        """The image of sample `index`, or of the entry `skip` places further on in the same epoch's order (it wraps)."""
+        """The image of sample `index`, or `skip` entries further on in the same epoch's order, which wraps."""
         epoch, place = divmod(int(index), self.size)
         return int(self._order(epoch)[(place + skip) % self.size])
 

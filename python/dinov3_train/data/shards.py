@@ -29,9 +29,9 @@ class _Member:
 class ShardSource(Source):
     """Samples of tar shards: members of one stem (the path up to the first dot of the file name) belong together.
 
-    Of each sample one member is the image (a suffix such as jpg, any case); the others are extras: `cls` holds the label
-    as decimal text, `mask.png` or `json` are read by `read_extra`. A sample without an image is left out, with a
-    warning. Errors: a shard that is missing, truncated, damaged or without images.
+    Of each sample one member is the image (a suffix such as jpg, any case); the others are extras: `cls` holds the
+    label as decimal text, `mask.png` or `json` are read by `read_extra`. A sample without an image is left out, with
+    a warning. Errors: a shard that is missing, truncated, damaged or without images.
     """
 
     def __init__(self, shards: Sequence[str]) -> None:
@@ -80,7 +80,9 @@ class ShardSource(Source):
         try:
             return int(text)
         except ValueError as error:
-            raise ValueError(f"data: {self.name(index)}: expected .cls to hold a class number, got {text[:40]!r}") from error
+            raise ValueError(
+                f"data: {self.name(index)}: expected .cls to hold a class number, got {text[:40]!r}"
+            ) from error
 
 
 def _index(shard: str) -> tuple[list[str], list[_Member]]:
@@ -110,7 +112,9 @@ def _entries(shard: str, stream: BinaryIO, length: int):
         try:
             entry = archive.next()
         except tarfile.TarError as error:
-            raise ValueError(f"data: shard {shard} is truncated or damaged after byte {place} of {length} ({error})") from error
+            raise ValueError(
+                f"data: shard {shard} is truncated or damaged after byte {place} of {length} ({error})"
+            ) from error
         if entry is None:
             break
         if entry.offset_data + entry.size > length:
@@ -134,7 +138,9 @@ def _images(shard: str, stems: list[str], members: list[_Member]) -> dict[int, _
         raise ValueError(f"data: no image in shard {shard}: its suffixes, from the first dot of a name, are {seen}")
     bare = [stem for sample, stem in enumerate(stems) if sample not in chosen]
     if bare:
-        warnings.warn(f"data: shard {shard}: {len(bare)} samples without an image, such as {bare[0]}, are left out", stacklevel=5)
+        warnings.warn(
+            f"data: shard {shard}: {len(bare)} samples without an image, such as {bare[0]}, are left out", stacklevel=5
+        )
     return dict(sorted(chosen.items()))
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-IMAGE_SUFFIXES = frozenset(
-    "avif bmp dib gif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp".split()
-)  # lower case; compared without regard to case
+# lower case; compared without regard to case
+IMAGE_SUFFIXES = frozenset({"avif", "bmp", "dib", "gif", "jfif", "jp2", "jpe", "jpeg", "jpg"})
+IMAGE_SUFFIXES |= {"pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"}
 
 
 class Source(ABC):
@@ -151,12 +151,14 @@ def expand_braces(text: str) -> list[str]:
     else:
         options = inner.split(",")
     if not options:
-        raise ValueError(f"data: {{{inner}}} is an empty range, expected {{first..last}} with first <= last, got {text}")
+        raise ValueError(
+            f"data: {{{inner}}} is an empty range, expected {{first..last}} with first <= last, got {text}"
+        )
     return [text[:start] + option + rest for option in options for rest in expand_braces(text[end + 1 :])]
 
 
 class PackedStrings(Sequence):
-    """Strings in one byte buffer with int64 ends: ten million names cost their letters, and forked workers share them."""
+    """Strings in one byte buffer with int64 ends: ten million names cost their letters; forked workers share them."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         encoded = [os.fsencode(text) for text in strings]
@@ -216,7 +218,8 @@ class FolderSource(FileSource):
                 other[suffix] = other.get(suffix, 0) + 1
         if not found:
             seen = ", ".join(f".{suffix} ({count})" for suffix, count in sorted(other.items())) or "no files at all"
-            raise ValueError(f"data: no image below {root}: it holds {seen}; expected {', '.join(sorted(IMAGE_SUFFIXES))}")
+            expected = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise ValueError(f"data: no image below {root}: it holds {seen}; expected {expected}")
         found.sort()
         first = [os.path.relpath(path, root).split(os.sep) for path in found]
         names = [parts[0] if len(parts) > 1 else None for parts in first]
@@ -309,5 +312,7 @@ class ConcatenatedSource(Source):
         if label is None or self.classes is None:
             return label
         if source.classes is None:
-            raise ValueError(f"data: {source.name(inner)} has the number {label} as its label, other sources have class names")
+            raise ValueError(
+                f"data: {source.name(inner)} has label {label} without a name, other sources have class names"
+            )
         return self._numbers[source.classes[label]]
