@@ -59,8 +59,8 @@ class MemorySource:
 
     def image(self, index: int) -> Image.Image:
         """The image before it was encoded."""
-        pixels = np.random.default_rng(index).integers(0, 100, (self.side, self.side + index % 3, 3)) + 150 * (index % 2)
-        return Image.fromarray(pixels.astype(np.uint8))
+        noise = np.random.default_rng(index).integers(0, 100, (self.side, self.side + index % 3, 3))
+        return Image.fromarray((noise + 150 * (index % 2)).astype(np.uint8))
 
     def read(self, index: int) -> bytes:
         """PNG bytes, cut in the middle when damaged."""

@@ -1,4 +1,4 @@
-"""Features in the order of the source, whatever the batch or the threads; unreadable images named; files that come back."""
+"""Features in source order, whatever the batch or the threads; unreadable images named; files that come back."""
 
 import json
 import warnings
@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+from dinov3_train.data.sources import open_source
 from dinov3_train.evaluation.extract import Extracted, extract, load_features, save_features
 from dinov3_train.evaluation.knn import evaluate_knn
 from dinov3_train.evaluation.view import View
@@ -29,7 +30,9 @@ def test_one_row_per_image_in_order(batch_size, workers, mean_colour, memory_sou
 
 def test_poolings(mean_colour, memory_source):
     source = memory_source(5)
-    kinds = {kind: extract(mean_colour(), source, VIEW, pooling=kind).features for kind in ("cls", "patch_mean", "cls+patch")}
+    kinds = {
+        kind: extract(mean_colour(), source, VIEW, pooling=kind).features for kind in ("cls", "patch_mean", "cls+patch")
+    }
     # 8 px patches tile 16 px: the mean of the patch means is the mean of the image.
     torch.testing.assert_close(kinds["patch_mean"], kinds["cls"])
     assert torch.equal(kinds["cls+patch"], torch.cat([kinds["cls"], kinds["patch_mean"]], dim=1))
@@ -37,7 +40,9 @@ def test_poolings(mean_colour, memory_source):
 
 def test_mode_gradients_and_progress(mean_colour, memory_source):
     backbone, seen = mean_colour().train(), []
-    result = extract(backbone, memory_source(7), VIEW, batch_size=3, progress=lambda done, total: seen.append((done, total)))
+    result = extract(
+        backbone, memory_source(7), VIEW, batch_size=3, progress=lambda done, total: seen.append((done, total))
+    )
     assert backbone.training and backbone.modes == [False] * 3 and not result.features.requires_grad
     assert seen == [(3, 7), (6, 7), (7, 7)]
 
@@ -56,6 +61,18 @@ def test_unreadable_images_are_left_out_and_named(mean_colour, memory_source):
     assert result.names == tuple(source.name(n) for n in (0, 1, 4, 5, 6, 7))
     assert result.labels.tolist() == [0, 1, 0, 1, 0, 1] and len(result.unreadable) == 3
     torch.testing.assert_close(result.features, expected_cls(source, (0, 1, 4, 5, 6, 7)))
+
+
+def test_a_file_that_is_gone_is_named(tmp_path, mean_colour, memory_source):
+    for number in range(3):
+        path = tmp_path / memory_source(3).name(number)
+        path.parent.mkdir(exist_ok=True)
+        memory_source(3).image(number).save(path)
+    source = open_source(tmp_path)
+    (tmp_path / "dark" / "2.png").unlink()
+    with pytest.warns(UserWarning, match=r"1 of 3 .*2\.png: No such file"):
+        result = extract(mean_colour(), source, VIEW)
+    assert result.classes == ("bright", "dark") and result.labels.tolist() == [0, 1]
 
 
 def test_refusals(mean_colour, memory_source):

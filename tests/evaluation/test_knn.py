@@ -47,7 +47,9 @@ def test_equals_loops():
     test, _ = clusters(11, classes=3, seed=2)
     expected = []
     for row in test.double():
-        similar = [(float(row @ other / (row.norm() * other.norm())), int(c)) for other, c in zip(train.double(), labels)]
+        similar = [
+            (float(row @ other / (row.norm() * other.norm())), int(c)) for other, c in zip(train.double(), labels)
+        ]
         votes = [0.0] * 3
         for similarity, label in sorted(similar, reverse=True)[:7]:
             votes[label] += math.exp(similarity / TEMPERATURE)
@@ -105,12 +107,16 @@ def test_classes_are_matched_by_name():
     train = torch.eye(3)
     test = torch.eye(3)[1:]
     result = evaluate_knn(
-        extracted(train, torch.arange(3), ("ant", "bee", "cat")), extracted(test, torch.arange(2), ("bee", "cat")), k=[1]
+        extracted(train, torch.arange(3), ("ant", "bee", "cat")),
+        extracted(test, torch.arange(2), ("bee", "cat")),
+        k=[1],
     )
     assert result.at(1).accuracy == 1.0
     with pytest.raises(ValueError, match="none for: dog"):
         evaluate_knn(
-            extracted(train, torch.arange(3), ("ant", "bee", "cat")), extracted(test, torch.arange(2), ("bee", "dog")), k=[1]
+            extracted(train, torch.arange(3), ("ant", "bee", "cat")),
+            extracted(test, torch.arange(2), ("bee", "dog")),
+            k=[1],
         )
 
 
@@ -135,7 +141,12 @@ def test_refusals():
         (extracted(train, none), good_test, [1], "labelled training images, got 30"),
         (good_train, extracted(test, none[:10]), [1], "labelled test images, got 10"),
         (extracted(train, torch.zeros_like(labels)), good_test, [1], "at least two classes"),
-        (good_train, extracted(test, truth.clone().fill_(77)), [1], "every test class needs a training image, none for: 77"),
+        (
+            good_train,
+            extracted(test, truth.clone().fill_(77)),
+            [1],
+            "every test class needs a training image, none for: 77",
+        ),
         (good_train, good_test, [1, 31], "k expects numbers from 1 to the 30 training images"),
         (good_train, good_test, [0], "k expects numbers"),
         (good_train, good_test, [], "k expects numbers"),

@@ -147,7 +147,8 @@ def _batches(
 ) -> Iterator[tuple[Tensor | None, list[int], list[str]]]:
     """Batches in order: pixels uint8 (n, 3, Y, X), the n numbers they have in the source, names of unreadable images.
 
-    Bytes are read here, one image after another (a source is one file handle); threads decode and resize two batches ahead.
+    Bytes are read here, one image after another (a source is one file handle); threads decode and resize, two batches
+    ahead.
     """
     pending: deque[list[tuple[int, Future]]] = deque()
     with ThreadPoolExecutor(workers) as threads:
@@ -164,10 +165,13 @@ def _batches(
 
 
 def _read(source: Source, number: int) -> tuple[bytes | Image.Image | UnreadableImage, str]:
+    name = source.name(number)
     try:
-        return source.read(number), source.name(number)
+        return source.read(number), name
     except UnreadableImage as error:
-        return error, source.name(number)
+        return error, name
+    except OSError as error:  # a file that is gone or may not be read
+        return UnreadableImage(name, error.strerror or str(error)), name
 
 
 def _pixels(data: bytes | Image.Image | UnreadableImage, name: str, view: View) -> Tensor | str:

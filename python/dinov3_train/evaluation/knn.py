@@ -68,7 +68,8 @@ def evaluate_knn(
     """Classify each labelled test image by its nearest labelled training images.
 
     Images without a label (-1) are left out on both sides and counted. `mean_per_class` averages over the classes that
-    occur in `test`. Classes are matched by name where both sides name theirs, so two folders may number them differently.
+    occur in `test`. Classes are matched by name where both sides name theirs, so two folders may number them
+    differently.
 
     Errors: ValueError when a side has no label, the training images have one class only, a test class has no training
     image, a k exceeds the training images, or the features differ in width or settings.
@@ -157,18 +158,22 @@ def _check_comparable(train: Extracted, test: Extracted) -> None:
         widths = f"{train.features.shape[1]} and {test.features.shape[1]}"
         raise ValueError(f"evaluate_knn: training and test features expect one width, got {widths}")
     if train.settings != test.settings:
-        differing = [key for key in {**train.settings, **test.settings} if train.settings.get(key) != test.settings.get(key)]
+        differing = [
+            key for key in {**train.settings, **test.settings} if train.settings.get(key) != test.settings.get(key)
+        ]
         raise ValueError(f"evaluate_knn: training and test features expect the same settings, differing: {differing}")
 
 
 def _aligned(train: Extracted, test: Extracted) -> Tensor:
-    """Test labels (n,) in the numbering of the training classes: by name where both sides name theirs, else as they are."""
+    """Test labels (n,) in the training numbering: by name where both sides name their classes, else as they are."""
     if train.classes is None or test.classes is None or train.classes == test.classes:
         return test.labels
     used = [test.classes[label] for label in test.labels[test.labels != UNLABELLED].unique().tolist()]
     unknown = [name for name in used if name not in train.classes]
     if unknown:
-        raise ValueError(f"evaluate_knn: every test class needs a training class of that name, none for: {_listed(unknown)}")
+        raise ValueError(
+            f"evaluate_knn: every test class needs a training class of that name, none for: {_listed(unknown)}"
+        )
     number = {name: index for index, name in enumerate(train.classes)} | {None: UNLABELLED}
     names = [None if label == UNLABELLED else test.classes[label] for label in test.labels.tolist()]
     return torch.tensor([number[name] for name in names], dtype=torch.int64)

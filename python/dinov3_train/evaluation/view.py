@@ -1,4 +1,4 @@
-"""How an image becomes the tensor that is evaluated: sides, crop and normalisation, kept with every number made from it."""
+"""How an image becomes the tensor that is evaluated: sides, crop, normalisation; kept with each number made from it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ class View:
     """A square view of `size` pixels.
 
     size: side in pixels, a multiple of the backbone's patch size.
-    short_side: side to which the short side is resized before the centre crop, in pixels; None: `size`, so that the whole
-        short side is seen. `View(size=224, short_side=256)` is the protocol of the DINO papers.
+    short_side: side to which the short side is resized before the centre crop, in pixels; None: `size`, so that the
+        whole short side is seen. `View(size=224, short_side=256)` is the protocol of the DINO papers.
     resize: "short_side_center_crop", or "squash" (both sides to `size`; the aspect is lost, nothing is cut off).
     mean, std: per channel, of pixels in [0, 1].
 
-    Resizing is bicubic with antialiasing. Errors: ValueError for a size below 1, a short side below the size, an unknown resize.
+    Resizing is bicubic with antialiasing.
+    Errors: ValueError for a size below 1, a short side below the size, an unknown resize.
     """
 
     size: int
@@ -54,6 +55,12 @@ class View:
         left, top = (sides[0] - self.size) // 2, (sides[1] - self.size) // 2
         resized = image if sides == image.size else image.resize(sides, Image.Resampling.BICUBIC)
         return to_pixels(resized.crop((left, top, left + self.size, top + self.size)))
+
+    def rectangle(self, image: Image.Image, multiple: int) -> Image.Image:
+        """The whole image, native aspect: short side `size`, both sides rounded to multiples of `multiple` pixels."""
+        scale = self.size / min(image.size)
+        sides = tuple(max(multiple, round(side * scale / multiple) * multiple) for side in image.size)
+        return image if sides == image.size else image.resize(sides, Image.Resampling.BICUBIC)
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """fp32 of uint8 (..., 3, Y, X), on the same device: (pixels / 255 - mean) / std."""
