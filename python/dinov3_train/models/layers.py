@@ -53,7 +53,11 @@ class LayerScale(nn.Module):
 
 
 class Qkv(nn.Linear):
-    """Linear D -> 3D whose K bias is multiplied by zero: softmax does not see a K bias, so none is learnt."""
+    """Linear D -> 3D whose K bias is multiplied by zero.
+
+    Softmax does not see a K bias where nothing is rotated; rotated with the patches' positions it is seen, so masking
+    it is part of the model, not a saving.
+    """
 
     def __init__(self, dim: int, bias: bool, mask_k_bias: bool) -> None:
         super().__init__(dim, 3 * dim, bias=bias)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dinov3_train.config import Backbone
 from dinov3_train.models.checkpointing import checkpointed
 from dinov3_train.models.draws import TrainingDraws
-from dinov3_train.models.layers import Block, BlockInputs
+from dinov3_train.models.layers import Block
 from dinov3_train.models.packing import block_inputs
 from dinov3_train.models.rope import CropGroup
 
@@ -186,7 +186,9 @@ class VisionTransformer(nn.Module):
             groups.append(torch.cat((prefix.expand(len(images), -1, -1), patches), dim=1).flatten(0, 1))
         return groups[0] if len(groups) == 1 else torch.cat(groups)
 
-    def _local_prefixes(self, x: Tensor, groups: tuple[CropGroup, ...], local: list[bool]) -> list[Tensor | None] | None:
+    def _local_prefixes(
+        self, x: Tensor, groups: tuple[CropGroup, ...], local: list[bool]
+    ) -> list[Tensor | None] | None:
         """CLS and registers (S, 1 + R, D) of local crop groups through their own norm, while training."""
         if self.local_cls_norm is None or not self.training:
             return None
@@ -195,9 +197,7 @@ class VisionTransformer(nn.Module):
             prefixes.append(self.local_cls_norm(tokens[:, : 1 + self.registers]) if is_local else None)
         return prefixes
 
-    def _split(
-        self, x: Tensor, groups: tuple[CropGroup, ...], prefixes: list[Tensor | None] | None
-    ) -> list[Features]:
+    def _split(self, x: Tensor, groups: tuple[CropGroup, ...], prefixes: list[Tensor | None] | None) -> list[Features]:
         """Features of each crop group from packed tokens (tokens, D)."""
         found = []
         for index, (tokens, group) in enumerate(zip(_sequences(x, groups, 1 + self.registers), groups)):
