@@ -1,0 +1,206 @@
+"""`dinov3`: the command line. Options are `name=value` words; dotted names override the recipe's config."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import words as word_options
+from .words import Option
+
+app = typer.Typer(
+    name="dinov3",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="DINOv3 training on your own images: curate, pretrain, evaluate, look.",
+)
+evaluate_app = typer.Typer(no_args_is_help=True, help="Judge the features of a backbone.")
+visualize_app = typer.Typer(no_args_is_help=True, help="Pictures of patch features.")
+app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(visualize_app, name="visualize")
+
+Words = Annotated[list[str] | None, typer.Argument(help="name=value options", show_default=False)]
+BACKBONE = {
+    "backbone": Option(str, required=True, help="RUN (a run folder or one of its checkpoints)"),
+    "step": Option(int, help="checkpoint step; 0 is the untrained start; default: the newest"),
+}
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on standard error and exit status 2, a failed run 1, a signal 143."""
+    try:
+        app(standalone_mode=True)
+    except ValueError as error:
+        _fail(error, 2)
+    except (OSError, RuntimeError) as error:
+        _fail(error, 1)
+
+
+def _fail(error: BaseException, status: int) -> None:
+    print(f"dinov3: error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+@app.command()
+def pretrain(
+    words: Words = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Show the effective config and stop.")] = False,
+) -> None:
+    """Train a backbone: recipe=NAME data=PATH out=RUN [config=FILE.yaml] [key.sub=value ...]. The same line resumes."""
+    config, out = _config(words or [], "pretrain", need_out=not print_config)
+    from .build import pretrain as run
+    from .config import to_yaml
+
+    if print_config:
+        print(to_yaml(config), end="")
+        return
+    finished = run(config, out, console=Console())
+    if finished.reason == "signal":
+        print(f"stopped by a signal at step {finished.step}; the checkpoint is written, the same command continues")
+        sys.exit(143)
+    print(f"done: {finished.step} steps, {finished.out}")
+
+
+def _config(words: list[str], command: str, *, need_out: bool):
+    from .config import override
+    from .recipes import recipe
+
+    options = {
+        "recipe": Option(str, required=True, help="NAME (see dinov3 recipes)"),
+        "data": Option(str, help="folder, file list, tar shards or torchvision:NAME; commas between several"),
+        "out": Option(Path, required=need_out, help="RUN"),
+        "config": Option(Path, help="YAML file with overrides"),
+    }
+    values, overrides = word_options.read(command, words, options, rest=True)
+    if values["data"] is not None:
+        overrides = [f"data.sources=[{','.join(_quoted(part) for part in values['data'].split(','))}]", *overrides]
+    return override(recipe(values["recipe"]), overrides, values["config"]), values["out"]
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+@app.command()
+def recipes() -> None:
+    """The recipes that come with the package."""
+    from .recipes import names, summary
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name in names():
+        table.add_row(name, summary(name))
+    Console().print(table)
+
+
+@app.command()
+def plan(words: Words = None) -> None:
+    """Memory per GPU and FLOPs per step: recipe=NAME [ranks=N] [key.sub=value ...]."""
+    from .planning import plan_table
+
+    options = {"ranks": Option(int, default=1, help="number of GPUs")}
+    ranks = [word for word in words or [] if word.startswith("ranks=")]
+    config, _ = _config([word for word in words or [] if word not in ranks], "plan", need_out=False)
+    values, _ = word_options.read("plan", ranks, options)
+    Console().print(plan_table(config, values["ranks"]))
+
+
+@app.command()
+def doctor() -> None:
+    """What is built, which device and threads will be used, and what is missing."""
+    from .doctor import lines
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for what, how in lines():
+        table.add_row(what, how)
+    Console().print(table)
+
+
+@evaluate_app.command("knn")
+def evaluate_knn(words: Words = None) -> None:
+    """k-NN on labelled sources: backbone=RUN train=PATH test=PATH [k=10] [size=PIXELS] [pooling=cls] [out=FILE.json]."""
+    from .commands import evaluate_knn as run
+
+    options = BACKBONE | {
+        "train": Option(str, required=True, help="PATH with labels"),
+        "test": Option(str, required=True, help="PATH with labels"),
+        "k": Option(_numbers, default=(10,), help="number of neighbours, commas between several"),
+        "temperature": Option(float, default=0.07, help="of the votes"),
+        "size": Option(int, help="side in pixels; default: the recipe's global crop"),
+        "pooling": Option(str, default="cls", help="cls, patch_mean or cls+patch"),
+        "out": Option(Path, help="JSON file for the result"),
+    }
+    values, _ = word_options.read("evaluate knn", words or [], options)
+    run(**values)
+
+
+@app.command()
+def features(words: Words = None) -> None:
+    """Features of every image: backbone=RUN data=PATH out=FILE.safetensors|.npy [size=PIXELS] [pooling=cls]."""
+    from .commands import features as run
+
+    options = BACKBONE | {
+        "data": Option(str, required=True, help="PATH"),
+        "out": Option(Path, required=True, help="FILE.safetensors or FILE.npy"),
+        "size": Option(int, help="side in pixels; default: the recipe's global crop"),
+        "pooling": Option(str, default="cls", help="cls, patch_mean or cls+patch"),
+    }
+    values, _ = word_options.read("features", words or [], options)
+    run(**values)
+
+
+@visualize_app.command("pca")
+def visualize_pca(words: Words = None) -> None:
+    """PCA of patch features as RGB: backbone=RUN data=PATH out=FILE.png [images=8] [size=PIXELS]."""
+    from .commands import visualize_pca as run
+
+    values, _ = word_options.read("visualize pca", words or [], _picture_options())
+    run(**values)
+
+
+@visualize_app.command("cosine")
+def visualize_cosine(words: Words = None) -> None:
+    """Similarity of one patch to all others: backbone=RUN data=PATH out=FILE.png [images=8] [size=PIXELS] [point=0.5,0.5]."""
+    from .commands import visualize_cosine as run
+
+    options = _picture_options() | {"point": Option(_point, default=(0.5, 0.5), help="x,y as shares of width and height")}
+    values, _ = word_options.read("visualize cosine", words or [], options)
+    run(**values)
+
+
+@app.command()
+def demo(
+    words: Words = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Under 90 seconds on two cores.")] = False,
+) -> None:
+    """Pretrain on photographs that come with scikit-image and scikit-learn, and write a page of pictures: [out=FOLDER] [seed=0]."""
+    from .demo import run_demo
+
+    options = {"out": Option(Path, default=Path("dinov3-demo"), help="FOLDER"), "seed": Option(int, default=0, help="seed")}
+    values, _ = word_options.read("demo", words or [], options)
+    run_demo(values["out"], quick=quick, seed=values["seed"])
+
+
+def _picture_options() -> dict[str, Option]:
+    return BACKBONE | {
+        "data": Option(str, required=True, help="PATH"),
+        "out": Option(Path, required=True, help="FILE.png"),
+        "images": Option(int, default=8, help="how many"),
+        "size": Option(int, help="short side in pixels; default: twice the recipe's global crop"),
+    }
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _point(text: str) -> tuple[float, float]:
+    x, y = (float(part) for part in text.split(","))
+    if not (0.0 <= x <= 1.0 and 0.0 <= y <= 1.0):
+        raise ValueError(text)
+    return x, y

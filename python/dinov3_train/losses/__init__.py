@@ -1,0 +1,8 @@
+"""The loss terms of DINOv3 as objects in a list; a stage with other losses is another list."""
+
+from .dino import DinoLoss
+from .ibot import IbotLoss
+from .koleo import KoLeoLoss
+from .outputs import LossPart, Outputs, Targets, Term
+
+__all__ = ["DinoLoss", "IbotLoss", "KoLeoLoss", "LossPart", "Outputs", "Targets", "Term"]

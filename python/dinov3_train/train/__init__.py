@@ -1,0 +1,1 @@
+"""The training loop: networks, one step, state, optimiser, checkpoints, distribution."""

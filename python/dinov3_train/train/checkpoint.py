@@ -1,0 +1,191 @@
+"""Checkpoints: the whole state of a run, written aside and renamed, so that a run killed at any moment resumes bit for bit.
+
+`RUN/checkpoints/step_00001000/` is a torch.distributed.checkpoint folder with weights, EMA, optimiser, counters, random
+states and the effective config. `RUN/history/step_....safetensors` is the thin history: teacher backbones only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+
+from .distributed import barrier
+from .step import TrainState
+
+STEP_FOLDER = re.compile(r"step_(\d{8})$")
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run folder; `keep` newest stay."""
+
+    folder: Path
+    keep: int
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return saved_steps(self.folder)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def save(self, state: TrainState, config_yaml: str) -> Path:
+        """Write the state at `state.step`, then drop the oldest beyond `keep`.
+
+        Errors: OSError when it cannot be written (a full disk, say); earlier checkpoints are untouched.
+        """
+        target, partial = self.path(state.step), self.folder / f"step_{state.step:08d}.partial"
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        if first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+        barrier()
+        try:
+            _write(_entries(state) | {"config": config_yaml, "random": _random_state()}, partial)
+        except Exception as error:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+            reason = _root(error)
+            raise OSError(
+                f"checkpoint of step {state.step} could not be written to {self.folder}: {reason}. "
+                f"Newest complete checkpoint: {max(self.steps(), default='none')}"
+            ) from error
+        if first:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+            _sync_folder(self.folder)
+            for step in self.steps()[: -self.keep]:
+                shutil.rmtree(self.path(step), ignore_errors=True)
+        barrier()
+        return target
+
+    def load(self, state: TrainState, step: int) -> None:
+        """Fill the state from the checkpoint of `step`.
+
+        Errors: ValueError when the checkpoint holds other tensors than the state (another architecture).
+        """
+        target = self.path(step)
+        entries = _entries(state) | {"config": "", "random": _random_state()}
+        _check_same_tensors(entries, target)
+        _read(entries, target)
+        state.step, state.skipped, state.images = entries["step"], entries["skipped"], entries["images"]
+        torch.set_rng_state(entries["random"]["cpu"])
+        if "cuda" in entries["random"]:
+            torch.cuda.set_rng_state(entries["random"]["cuda"])
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a `checkpoints` folder, ascending; unfinished writes do not count."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for entry in folder.iterdir() if (match := STEP_FOLDER.search(entry.name)))
+
+
+def load_teacher(path: Path, networks: torch.nn.Module) -> None:
+    """Fill networks with the EMA teacher's weights of one checkpoint, tensors of the backbone and both heads."""
+    entries = {"teacher": networks.state_dict()}
+    _check_same_tensors(entries, path, complete=False)
+    _read(entries, path)
+
+
+def checkpoint_config(path: Path) -> str:
+    """The effective config, YAML, that a checkpoint was written with."""
+    entries = {"config": ""}
+    _read(entries, path)
+    return entries["config"]
+
+
+def save_history(folder: Path, state: TrainState) -> Path:
+    """Keep the teacher backbone of this step, for choosing a Gram teacher later."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"step_{state.step:08d}.safetensors"
+    partial = target.with_suffix(".partial")
+    save_file({k: v.contiguous() for k, v in state.teacher.backbone.state_dict().items()}, partial, {"step": str(state.step)})
+    os.replace(partial, target)
+    return target
+
+
+def _entries(state: TrainState) -> dict:
+    """The state as nested dictionaries; optimiser moments under parameter names, so groups may change between versions."""
+    moments = {}
+    for name, parameter in state.student.named_parameters():
+        if parameter in state.optimizer.state:
+            moments[name] = state.optimizer.state[parameter]
+    return {
+        "student": state.student.state_dict(),
+        "teacher": state.teacher.state_dict(),
+        "optimizer": moments,
+        "step": state.step,
+        "skipped": state.skipped,
+        "images": state.images,
+    }
+
+
+def _random_state() -> dict:
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state()} | cuda
+
+
+def _write(entries: dict, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that no process group exists; that is meant here
+        dcp.save(entries, checkpoint_id=path, no_dist=not dist.is_initialized())
+
+
+def _read(entries: dict, path: Path) -> None:
+    if not path.is_dir():
+        raise ValueError(f"checkpoint: expected a folder, got {path}, which does not exist")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(entries, checkpoint_id=path, no_dist=not dist.is_initialized())
+
+
+def _check_same_tensors(entries: dict, path: Path, complete: bool = True) -> None:
+    """Every tensor of the state must be in the checkpoint with the same shape, and, if `complete`, nothing more."""
+    saved = {
+        name: tuple(entry.size)
+        for name, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()
+        if hasattr(entry, "size")
+    }
+    wanted = {name: tuple(value.shape) for name, value in _flat(entries) if isinstance(value, torch.Tensor)}
+    if not complete:
+        saved = {name: shape for name, shape in saved.items() if name.split(".")[0] in entries}
+    wanted = {name: shape for name, shape in wanted.items() if not name.startswith("random.")}
+    saved = {name: shape for name, shape in saved.items() if not name.startswith("random.")}
+    missing, unexpected = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+    reshaped = [f"{n}: run {wanted[n]}, checkpoint {saved[n]}" for n in sorted(wanted.keys() & saved.keys()) if wanted[n] != saved[n]]
+    if missing or unexpected or reshaped:
+        lists = [("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)]
+        detail = "; ".join(f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for kind, names in lists if names)
+        raise ValueError(f"checkpoint {path} is of another architecture: {detail}")
+
+
+def _flat(entries: dict, prefix: str = "") -> list[tuple[str, object]]:
+    flat = []
+    for key, value in entries.items():
+        flat += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return flat
+
+
+def _root(error: BaseException) -> str:
+    """The reason under torch's wrapping of a failed write."""
+    text = str(error)
+    match = re.search(r"(No space left on device|File too large|Permission denied|Read-only file system|Disk quota exceeded)", text)
+    return match[1].lower() if match else text.strip().splitlines()[-1] if text.strip() else type(error).__name__
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
