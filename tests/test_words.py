@@ -14,7 +14,9 @@ OPTIONS = {
 
 
 def test_options_defaults_and_overrides():
-    values, overrides = read("pretrain", ["recipe=a", "run.steps=5", "out=runs/x=1", "optimizer.lr=1e-3"], OPTIONS, rest=True)
+    values, overrides = read(
+        "pretrain", ["recipe=a", "run.steps=5", "out=runs/x=1", "optimizer.lr=1e-3"], OPTIONS, rest=True
+    )
     assert values == {"recipe": "a", "out": Path("runs/x=1"), "k": 10}
     assert overrides == ["run.steps=5", "optimizer.lr=1e-3"]
 

@@ -18,17 +18,18 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Axial rotary positions: coordinates in [-1, 1] per axis, augmented while training in the order shift, jitter, rescale."""
+    """Axial rotary positions: coordinates in [-1, 1] per axis; in training shifted, then jittered, then rescaled."""
 
     base: float = 100.0  # periods base^(2k/(E/2)), k < E/4
     shift: float | None = None  # add U(-s, s) per axis
     jitter: float | None = None  # multiply each axis by exp U(-ln j, ln j)
     rescale: float | None = 2.0  # multiply both axes by one exp U(-ln r, ln r)
-    draw: str = "sequence"  # "sequence": once per crop and step | "block": per block and crop group, as the released models
+    draw: str = "sequence"  # "sequence": once per crop and step | "block": per block and crop group, as released models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +71,12 @@ class Crops:
     locals: int = 8
     global_size: int = 256
     local_size: int = 112
-    gram_size: int | None = None  # side of the Gram teacher's crop (same geometry as the global crop), None: no such crop
+    gram_size: int | None = None  # side of the Gram teacher's crop (geometry of the global crop); None: no such crop
     global_scale: tuple[float, float] = (0.32, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.32)
     horizontal_flip: float = 0.5
-    # blur probabilities of global crop 1, global crop 2, local crops. "paper": 1.0, 0.1, 0.5 as the DINO paper means them;
-    # "released": 0.0, 0.9, 0.5 as every released weight was trained (an inverted argument in the published code)
+    # blur probabilities of global crop 1, global crop 2, local crops. "paper": 1.0, 0.1, 0.5 as the DINO paper means
+    # them; "released": 0.0, 0.9, 0.5 as every released weight was trained (an inverted argument in the published code)
     blur: str = "paper"
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
     color_jitter_probability: float = 0.8
@@ -128,7 +129,7 @@ class Optimizer:
     lr_rule: str = "sqrt_wrt_1024"  # | "linear_wrt_256" | "none"
     lr_end: float | None = None  # None: constant after warm-up
     warmup: int = 0  # steps, linear from 0
-    cooldown: int = 0  # last steps, cosine to lr_end (or to 0 when lr_end is None); 0: cosine over the whole run if lr_end is set
+    cooldown: int = 0  # last steps, cosine to lr_end (None: to 0); 0: cosine over the whole run where lr_end is set
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.04
     weight_decay_end: float | None = None  # cosine over the run
@@ -154,7 +155,7 @@ class Run:
     checkpointing: str = "none"  # activation checkpointing: "none" | "selective" | "full"
     checkpoint_every: int = 1000  # steps
     keep: int = 3  # newest checkpoints
-    history_every: int = 0  # steps between the thin history of teacher weights kept for choosing a Gram teacher; 0: none
+    history_every: int = 0  # steps between teacher weights kept for choosing a Gram teacher; 0: none kept
     log_every: int = 10  # steps
     evaluate_every: int = 0  # steps between online k-NN on `data.labelled`; 0: never
     max_skipped: int = 10  # non-finite steps in a row after which the run stops
@@ -204,7 +205,7 @@ def override(config: Config, overrides: Sequence[str], patch: str | Path | None 
 
     Errors: ValueError for a word without `=`, an unknown key (naming the nearest ones) or a value of a wrong type.
     """
-    updates: dict[str, object] = {}
+    known, updates = leaves(), {}
     if patch is not None:
         path = Path(patch)
         if not path.is_file():
@@ -214,7 +215,7 @@ def override(config: Config, overrides: Sequence[str], patch: str | Path | None 
         key, separator, text = word.partition("=")
         if not separator or not key:
             raise ValueError(f"override: expected key.sub=value, got {word!r}")
-        updates[key.strip()] = _value(text)
+        updates[key.strip()] = _value(text, known.get(key.strip()))
     return replaced(config, updates)
 
 
@@ -273,7 +274,7 @@ def _plain(value):
 
 def _parsed(text: str, what: str) -> dict:
     try:
-        parsed = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        parsed = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # the YAML library raises several unrelated types
         raise ValueError(f"{what}: expected YAML keys and values, got {error}") from error
     if not isinstance(parsed, dict):
@@ -281,10 +282,14 @@ def _parsed(text: str, what: str) -> dict:
     return parsed
 
 
-def _value(text: str) -> object:
+def _value(text: str, wanted: object) -> object:
+    """A word of the command line as YAML; where text is wanted, a bare word stays as typed (`007`, `yes`, `*.jpg`)."""
+    bare = text[:1] not in ("[", "'", '"') and text != "null"
+    if bare and str in (wanted, *typing.get_args(wanted)):
+        return text
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    except OmegaConfBaseException:
+    except (OmegaConfBaseException, YAMLError):
         return text
 
 
@@ -299,12 +304,13 @@ def _unknown(key: str, known: dict[str, type]) -> str:
     by_tail = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
     close = list(dict.fromkeys(by_tail + difflib.get_close_matches(key, known, n=3, cutoff=0.5)))[:3]
     below = [name for name in known if name.startswith(key + ".")][:3]
-    hint = f"; nearest: {', '.join(close or below)}" if close or below else ""
+    hint = f"; nearest: {', '.join(below or close)}" if close or below else ""
     return f"config: unknown key {key!r}{hint}"
 
 
 def _coerced(key: str, value: object, wanted: type) -> object:
-    options = typing.get_args(wanted) if typing.get_origin(wanted) is not tuple and typing.get_args(wanted) else (wanted,)
+    union = typing.get_origin(wanted) is not tuple and typing.get_args(wanted)
+    options = union or (wanted,)
     for option in options:
         accepted, result = _accept(value, option)
         if accepted:
@@ -314,7 +320,7 @@ def _coerced(key: str, value: object, wanted: type) -> object:
 
 
 def _accept(value: object, option: type) -> tuple[bool, object]:
-    """Whether `value` is of type `option` (an int counts as a float, a single word as a tuple of one), and its final form."""
+    """Whether `value` is of type `option` (an int counts as a float, a word as a tuple of one), and its final form."""
     if option is type(None):
         return value is None, None
     if typing.get_origin(option) is tuple:
