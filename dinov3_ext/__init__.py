@@ -1,5 +1,6 @@
 """Fused operations for training self-supervised vision transformers, each with a plain-PyTorch twin."""
 
+from dinov3_ext._library import build_info
 from dinov3_ext._paths import Path, explain, use
 from dinov3_ext.collectives import ALONE, Collectives
 from dinov3_ext.ops.assignment_cross_entropy import assignment_cross_entropy, assignment_cross_entropy_reference
@@ -24,6 +25,7 @@ __all__ = [
     "assignment",
     "assignment_cross_entropy",
     "assignment_cross_entropy_reference",
+    "build_info",
     "explain",
     "gram_loss",
     "gram_loss_reference",

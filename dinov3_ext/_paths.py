@@ -24,6 +24,9 @@ class Path:
     path: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
 
 _explainers: dict[str, Callable[[torch.device, torch.dtype], Path]] = {}
 

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dinov3_ext import _library
+from dinov3_ext._paths import Path, explains, reference_forced
 from dinov3_ext.collectives import ALONE, Collectives
+
+KERNEL_DEVICES = ("cpu", "cuda")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -40,20 +45,42 @@ def sinkhorn_knopp(
         `Potentials`.
     Raises:
         ValueError: wrong shape, type, temperature or iterations.
+        ImportError: the native library is not built (fp32, bf16 and fp16 on a CPU or CUDA device need it).
     Source:
         Cuturi 2013; SwAV (arXiv 2006.09882) for the use here.
     """
-    return sinkhorn_knopp_reference(logits, temperature=temperature, iterations=iterations, collectives=collectives)
+    _check_inputs("sinkhorn_knopp", logits, temperature, iterations)
+    if reference_forced() or not _has_kernel(logits.device, logits.dtype):
+        return sinkhorn_knopp_reference(logits, temperature=temperature, iterations=iterations, collectives=collectives)
+    _library.require("sinkhorn_knopp")
+    return _sinkhorn_knopp(logits.detach(), temperature, iterations, collectives)
 
 
-@torch.no_grad()
+def _sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int, collectives: Collectives) -> Potentials:
+    """The kernels, and the exchanges between them: one maximum and `iterations` sums of K numbers each."""
+    if logits.shape[1] > 1 and logits.stride(1) != 1 or logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        logits = logits.contiguous()
+    ops = torch.ops.dinov3_ext
+    maxima, sums = ops.sinkhorn_column_sums(logits, temperature)  # (K,) each
+    largest = maxima
+    if collectives.world_size > 1:
+        largest = collectives.all_reduce(maxima.clone(), "max")
+        # A rank without rows has (-inf, 0); -inf - -inf would be NaN.
+        sums = torch.where(maxima == -torch.inf, 0.0, sums * (maxima - largest).exp())
+    columns, rows = -largest, logits.new_zeros(logits.shape[0], dtype=torch.float32)
+    for iteration in range(iterations):
+        columns = ops.sinkhorn_finish(collectives.all_reduce(sums, "sum"), columns)
+        rows, sums = ops.sinkhorn_row_sums(logits, rows, columns, temperature, iteration + 1 < iterations)
+    return Potentials(rows, columns)
+
+
 def sinkhorn_knopp_reference(
     logits: Tensor, *, temperature: float, iterations: int = 3, collectives: Collectives = ALONE
 ) -> Potentials:
     """The plain twin of `sinkhorn_knopp`: logarithms of sums of exponentials, in fp32 or (fp64 logits) fp64."""
     _check_inputs("sinkhorn_knopp", logits, temperature, iterations)
     wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
-    scores = logits.to(wide) / temperature  # (rows, K)
+    scores = logits.detach().to(wide) / temperature  # (rows, K)
     rows = scores.new_zeros(scores.shape[0])
     columns = scores.new_zeros(scores.shape[1])
     for _ in range(iterations):
@@ -100,3 +127,44 @@ def _check_inputs(op: str, logits: Tensor, temperature: float, iterations: int) 
         raise ValueError(f"{op}: temperature must be > 0; got {temperature}")
     if iterations < 1:
         raise ValueError(f"{op}: iterations must be >= 1; got {iterations}")
+
+
+def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type in KERNEL_DEVICES and dtype in KERNEL_DTYPES
+
+
+@explains("sinkhorn_knopp")
+def _explain(device: torch.device, dtype: torch.dtype) -> Path:
+    if not _has_kernel(device, dtype):
+        return Path("sinkhorn_knopp", "reference", f"no kernel for {dtype} on {device.type}")
+    if _library.module is None:
+        return Path("sinkhorn_knopp", "missing", _library.problem)
+    info = _library.build_info()
+    if device.type == "cpu":
+        return Path("sinkhorn_knopp", "kernel", f"own CPU kernel, {info['cpu_variant']}")
+    if info["cuda"] is None:
+        return Path("sinkhorn_knopp", "missing", "the library was built without nvcc: no CUDA kernels")
+    return Path("sinkhorn_knopp", "kernel", f"own CUDA kernel, built for {info['cuda_architectures']}")
+
+
+if _library.module is not None:
+
+    @torch.library.register_fake("dinov3_ext::sinkhorn_column_sums")
+    def _(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return (
+            logits.new_empty(logits.shape[1], dtype=torch.float32),
+            logits.new_empty(logits.shape[1], dtype=torch.float32),
+        )
+
+    @torch.library.register_fake("dinov3_ext::sinkhorn_finish")
+    def _(sums: Tensor, shift: Tensor) -> Tensor:
+        return torch.empty_like(sums)
+
+    @torch.library.register_fake("dinov3_ext::sinkhorn_row_sums")
+    def _(
+        logits: Tensor, previous: Tensor, columns: Tensor, temperature: float, column_sums: bool
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            logits.new_empty(logits.shape[0], dtype=torch.float32),
+            logits.new_empty(logits.shape[1] if column_sums else 0, dtype=torch.float32),
+        )

@@ -1,0 +1,54 @@
+// The Python module dinov3_ext._C: what is not a tensor op. Importing it registers the ops (library.cpp).
+#include <pybind11/pybind11.h>
+
+#include "core/cpu_variant.h"
+#include "core/cuda_status.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using dinov3_ext::CpuVariant;
+
+constexpr const char* kVariants[] = {"portable", "avx2", "avx512"};
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = DINOV3_EXT_VERSION;
+  info["source_digest"] = DINOV3_EXT_SOURCE_DIGEST;
+  info["torch_headers"] = DINOV3_EXT_TORCH_HEADERS;
+  info["compiler"] = DINOV3_EXT_COMPILER;
+#if defined(DINOV3_EXT_WITH_CUDA)
+  info["cuda"] = dinov3_ext::cuda_runtime_version();
+  info["cuda_architectures"] = DINOV3_EXT_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = py::none();
+  info["cuda_architectures"] = "";
+#endif
+  return info;
+}
+
+const char* cpu_variant() { return kVariants[int(dinov3_ext::cpu_variant().load())]; }
+
+py::list cpu_variants() {
+  py::list names;
+  for (int i = 0; i <= int(dinov3_ext::best_cpu_variant()); ++i) names.append(kVariants[i]);
+  return names;
+}
+
+void set_cpu_variant(const std::string& name) {
+  for (int i = 0; i <= int(dinov3_ext::best_cpu_variant()); ++i) {
+    if (name == kVariants[i]) return dinov3_ext::cpu_variant().store(CpuVariant(i));
+  }
+  throw py::value_error("set_cpu_variant: name must be one that this CPU runs (cpu_variants()); got '" + name + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native half of dinov3_ext. Importing it registers torch.ops.dinov3_ext.";
+  m.def("build_info", &build_info, "What was built: version, source digest, compiler, CUDA runtime, architectures.");
+  m.def("cpu_variant", &cpu_variant, "Instruction set the CPU kernels use.");
+  m.def("cpu_variants", &cpu_variants, "Instruction sets this CPU runs, slowest first.");
+  m.def("set_cpu_variant", &set_cpu_variant, py::arg("name"), "Changes the instruction set (for tests), process-wide.");
+}

@@ -1,0 +1,131 @@
+// Vectors of W floats in the compiler's own vector types (GCC, Clang): one source, an instruction set per caller.
+//
+// Everything here is always_inline and names no instruction set, so that it takes that of the function it is inlined
+// into. Trap: a lambda does not inherit its enclosing function's target attribute; do not pass these through one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/element.h"
+
+namespace dinov3_ext {
+
+#define DINOV3_EXT_INLINE inline __attribute__((always_inline))
+
+template <int W>
+struct Vector {
+  typedef float Float __attribute__((vector_size(4 * W)));
+  typedef int32_t Int __attribute__((vector_size(4 * W)));
+  typedef uint32_t Unsigned __attribute__((vector_size(4 * W)));
+  typedef uint16_t Half __attribute__((vector_size(2 * W)));
+};
+
+template <class To, class From>
+DINOV3_EXT_INLINE To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <int W>
+DINOV3_EXT_INLINE typename Vector<W>::Float splat(float value) {
+  return typename Vector<W>::Float{} + value;
+}
+
+template <int W>
+DINOV3_EXT_INLINE typename Vector<W>::Float load(const float* from) {
+  typename Vector<W>::Float to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
+
+template <int W>
+DINOV3_EXT_INLINE void store(float* to, typename Vector<W>::Float from) {
+  std::memcpy(to, &from, sizeof(from));
+}
+
+// W elements of a tensor, widened to float. T: float, or uint16_t holding the bits of the type E names.
+template <Element E, int W>
+DINOV3_EXT_INLINE typename Vector<W>::Float load_element(const void* base, int64_t index) {
+  using V = Vector<W>;
+  if constexpr (E == Element::float32) {
+    return load<W>(static_cast<const float*>(base) + index);
+  } else {
+    typename V::Half half;
+    std::memcpy(&half, static_cast<const uint16_t*>(base) + index, sizeof(half));
+    const auto wide = __builtin_convertvector(half, typename V::Unsigned);
+    if constexpr (E == Element::bfloat16) return bits_as<typename V::Float>(wide << 16);
+    // float16: move exponent and mantissa into place, correct the bias by a product (subnormals come out right),
+    // give infinity and NaN the full exponent.
+    const auto magnitude = (wide & 0x7fffu) << 13;
+    const auto scaled = bits_as<typename V::Unsigned>(bits_as<typename V::Float>(magnitude) * 0x1p112f);
+    const auto special = (wide & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : scaled;
+    return bits_as<typename V::Float>(special | ((wide & 0x8000u) << 16));
+  }
+}
+
+// The last `count` < W elements of a row, `fill` behind them.
+template <Element E, int W>
+DINOV3_EXT_INLINE typename Vector<W>::Float load_element_tail(const void* base, int64_t index, int64_t count) {
+  constexpr int size = E == Element::float32 ? 4 : 2;
+  char padded[size * W] = {};
+  std::memcpy(padded, static_cast<const char*>(base) + index * size, static_cast<size_t>(count * size));
+  return load_element<E, W>(padded, 0);
+}
+
+template <int W>
+DINOV3_EXT_INLINE typename Vector<W>::Float load_tail(const float* from, int64_t count) {
+  return load_element_tail<Element::float32, W>(from, 0, count);
+}
+
+template <int W>
+DINOV3_EXT_INLINE void store_tail(float* to, typename Vector<W>::Float from, int64_t count) {
+  std::memcpy(to, &from, static_cast<size_t>(count) * sizeof(float));
+}
+
+// `value` in the first `count` lanes, `other` behind them.
+template <int W>
+DINOV3_EXT_INLINE typename Vector<W>::Float keep_first(
+    typename Vector<W>::Float value, int64_t count, typename Vector<W>::Float other) {
+  for (int64_t lane = count; lane < W; ++lane) value[lane] = other[lane];
+  return value;
+}
+
+template <int W>
+DINOV3_EXT_INLINE float sum_lanes(typename Vector<W>::Float value) {
+  float sum = 0;
+  for (int lane = 0; lane < W; ++lane) sum += value[lane];
+  return sum;
+}
+
+// NaN in `a` is kept.
+template <int W>
+DINOV3_EXT_INLINE typename Vector<W>::Float larger(typename Vector<W>::Float a, typename Vector<W>::Float b) {
+  return a < b ? b : a;
+}
+
+// 2^x, relative error below 2e-7; zero below 2^-126, 2^127 from there on, NaN stays NaN.
+// Polynomial: Cephes exp2f on [-1/2, 1/2].
+template <int W>
+DINOV3_EXT_INLINE typename Vector<W>::Float exp2(typename Vector<W>::Float x) {
+  using V = Vector<W>;
+  const typename V::Float highest = splat<W>(127.f), lowest = splat<W>(-126.f);
+  const auto vanishes = x < lowest;
+  typename V::Float t = x > highest ? highest : x;
+  t = vanishes ? lowest : t;
+  constexpr float rounder = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const typename V::Float shifted = t + rounder;
+  const typename V::Float f = t - (shifted - rounder);
+  typename V::Float p = 1.535336188319500e-4f * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.f;
+  const auto power = bits_as<typename V::Float>((bits_as<typename V::Int>(shifted) + 127) << 23);
+  return vanishes ? splat<W>(0.f) : p * power;
+}
+
+}  // namespace dinov3_ext
