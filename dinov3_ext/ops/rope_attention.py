@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dinov3_ext._paths import Path, explains, reference_forced
 
+CPU_PRODUCTS_TOKENS = 320  # the longest sequence whose scores are written out on a CPU
 SEQUENCE_COLUMNS = ("first token", "tokens", "prefix length", "first y-row", "first x-row", "grid width")
 
 
@@ -154,7 +155,7 @@ def rope_attention(qkv: Tensor, rope: Tensor, layout: Layout, *, scale: float) -
     for count, tokens in layout.groups:
         part = slice(first, first + count * tokens)
         q, k, v = (x[part].unflatten(0, (count, tokens)).transpose(1, 2) for x in (query, key, qkv[:, 2]))
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale)  # (count, H, T, E)
+        out = _attend(q, k, v, scale)  # (count, H, T, E)
         outs.append(out.transpose(1, 2).flatten(0, 1))  # (count * T, H, E)
         first = part.stop
     return torch.cat(outs) if outs else qkv.new_empty(0, *qkv.shape[2:])
@@ -208,17 +209,47 @@ def rope_rotate_reference(qkv: Tensor, rope: Tensor, layout: Layout) -> Tensor:
     return torch.cat(outs) if outs else qkv.new_empty(0, 2, *qkv.shape[2:])
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v of equally long sequences, (count, H, T, E) each.
+
+    Plain products on a CPU up to CPU_PRODUCTS_TOKENS: PyTorch's fused CPU attention spends 5 to 9 times as long in its bf16
+    backward at 14 to 69 tokens (benchmarks/FACTS.md). Sums and softmax are fp32 inside either.
+    """
+    if q.device.type == "cpu" and q.shape[2] <= CPU_PRODUCTS_TOKENS:
+        return torch.matmul(torch.matmul(q * scale, k.transpose(-1, -2)).softmax(-1), v)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 def _rotate(qkv: Tensor, rope: Tensor, layout: Layout) -> Tensor:
     """All sequences at once: (tokens, 3, H, E) -> (tokens, 2, H, E)."""
     still = torch.stack([torch.ones_like(rope[0, 0]), torch.zeros_like(rope[0, 0])])  # (2, E/4), row -1: prefix tokens
     rows = torch.cat([rope, still[None]])[layout.token_rows]  # (tokens, y|x, cos|sin, E/4)
-    cos = rows[:, :, 0].reshape(-1, 1, 1, qkv.shape[3] // 2)  # (tokens, 1, 1, E/2)
-    sin = rows[:, :, 1].reshape(-1, 1, 1, qkv.shape[3] // 2)
-    low, high = qkv[:, :2].chunk(2, -1)  # (tokens, 2, H, E/2) each
-    # A product of bf16 and fp32 is made in fp32 without a widened copy of either.
-    return torch.cat(
-        [(low * cos - high * sin).to(qkv.dtype), (high * cos + low * sin).to(qkv.dtype)], -1
-    )  # (tokens, 2, H, E)
+    cos, sin = rows.transpose(1, 2).flatten(2).unbind(1)  # (tokens, E/2) each
+    cos = torch.cat([cos, cos], -1)[:, None, None]  # (tokens, 1, 1, E)
+    sin = torch.cat([-sin, sin], -1)[:, None, None]
+    return _Rotation.apply(qkv, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """x cos + swapped(x) sin over whole rows, where swapped exchanges the halves: half the time of working on strided
+    halves (6.6 against 13.2 ms for 8832 tokens x 3 heads x 64 on one core). The backward turns the other way."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(qkv[:, :2], cos, sin)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        turned = _turned(gradient, cos, -sin)  # (tokens, 2, H, E)
+        return torch.cat([turned, torch.zeros_like(turned[:, :1])], 1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.to(cos.dtype, copy=True)  # (tokens, 2, H, E), fp32
+    swapped = wide.roll(x.shape[-1] // 2, -1)
+    return wide.mul_(cos).addcmul_(swapped, sin).to(x.dtype)
 
 
 def _token_rows(sequences: Tensor) -> Tensor:
