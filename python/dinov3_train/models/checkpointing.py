@@ -12,15 +12,8 @@ from dinov3_train.models.layers import Block, BlockInputs
 
 MODES = ("none", "selective", "full")
 
-# matrix products and attention; everything else of a block (norms, GELU, gains) is cheap to run twice
-_KEPT = (
-    "aten::mm",
-    "aten::addmm",
-    "aten::linear",
-    "aten::bmm",
-    "aten::_scaled_dot_product_",
-    "dinov3_ext::rope_attention",
-)
+# matrix products and attention; everything else of a block (norms, GELU) is cheap to run twice
+_KEPT = ("aten::mm", "aten::addmm", "aten::linear", "aten::bmm", "aten::_scaled_dot_product_", "dinov3_ext::rope_attention")
 
 
 def checkpointed(block: Block, x: Tensor, inputs: BlockInputs, *, mode: str) -> Tensor:
@@ -38,4 +31,6 @@ def checkpointed(block: Block, x: Tensor, inputs: BlockInputs, *, mode: str) -> 
 
 def _policy(context: object, operator: object, *arguments: object, **options: object) -> CheckpointPolicy:
     keep = operator.name().startswith(_KEPT)
+    if keep and operator.name() == "aten::addmm":  # bias, input, weight (fan in, fan out)
+        keep = arguments[2].shape[0] <= arguments[2].shape[1]  # backward does not read the block's last product, F -> D
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
