@@ -210,12 +210,15 @@ class FolderSource(FileSource):
 
     def __init__(self, root: Path) -> None:
         found, other = [], {}
-        for path in _walk(root):
-            suffix = os.path.splitext(path)[1][1:].lower()
-            if suffix in IMAGE_SUFFIXES:
-                found.append(path)
-            else:
-                other[suffix] = other.get(suffix, 0) + 1
+        try:
+            for path in _walk(root):
+                suffix = os.path.splitext(path)[1][1:].lower()
+                if suffix in IMAGE_SUFFIXES:
+                    found.append(path)
+                else:
+                    other[suffix] = other.get(suffix, 0) + 1
+        except OSError as error:
+            raise ValueError(f"data: cannot list folder {error.filename} ({error.strerror})") from error
         if not found:
             seen = ", ".join(f".{suffix} ({count})" for suffix, count in sorted(other.items())) or "no files at all"
             expected = ", ".join(sorted(IMAGE_SUFFIXES))
@@ -241,7 +244,7 @@ def _walk(root: Path) -> Iterator[str]:
             for entry in sorted(entries, key=lambda entry: entry.name, reverse=True):
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # a link to itself is a file
                     (links if entry.is_symlink() else folders).append(entry.path)
                 else:
                     yield entry.path
