@@ -38,7 +38,7 @@ def warmup_cooldown(step: int, *, peak: float, end: float, warmup: int, cooldown
 
 
 def scaled_learning_rate(lr: float, *, rule: str, batch_size: int) -> float:
-    """The rate after the batch rule: `sqrt_wrt_1024` = lr * 4 * sqrt(batch / 1024), `linear_wrt_256` = lr * batch / 256, `none`."""
+    """The rate by rule: `sqrt_wrt_1024` lr * 4 * sqrt(batch / 1024), `linear_wrt_256` lr * batch / 256, `none` lr."""
     rules = {"sqrt_wrt_1024": 4.0 * math.sqrt(batch_size / 1024), "linear_wrt_256": batch_size / 256, "none": 1.0}
     if rule not in rules:
         raise ValueError(f"optimizer.lr_rule: expected one of {', '.join(rules)}, got {rule!r}")

@@ -17,7 +17,9 @@ class Option:
     help: str = ""
 
 
-def read(command: str, words: list[str], options: dict[str, Option], *, rest: bool = False) -> tuple[dict[str, object], list[str]]:
+def read(
+    command: str, words: list[str], options: dict[str, Option], *, rest: bool = False
+) -> tuple[dict[str, object], list[str]]:
     """Split words into the command's options and, if `rest`, dotted overrides of the config.
 
     Errors: ValueError for a word without `=`, an unknown name (naming the nearest), a value that does not parse, or a

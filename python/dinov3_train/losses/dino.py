@@ -1,10 +1,11 @@
-"""DINO: the CLS token of every student crop predicts the teacher's assignment of every global crop of the same image."""
+"""DINO: the CLS token of every student crop predicts the teacher's assignment of the global crops of its image."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+
 from dinov3_ext import Collectives, assignment_cross_entropy
 
 from ..data.batch import CropBatch
@@ -26,7 +27,9 @@ class DinoLoss:
     student_temperature: float
     local_weight: float = 1.0
 
-    def __call__(self, outputs: Outputs, targets: Targets, batch: CropBatch, collectives: Collectives) -> list[LossPart]:
+    def __call__(
+        self, outputs: Outputs, targets: Targets, batch: CropBatch, collectives: Collectives
+    ) -> list[LossPart]:
         losses = assignment_cross_entropy(
             outputs.dino_logits,
             targets.dino_logits,
@@ -41,7 +44,9 @@ class DinoLoss:
         scale = self.weight / (global_pairs + local_pairs)
         parts = []
         if global_pairs:
-            parts.append(LossPart("dino_global", (global_losses * off_diagonal).sum() / global_pairs, scale * global_pairs))
+            parts.append(
+                LossPart("dino_global", (global_losses * off_diagonal).sum() / global_pairs, scale * global_pairs)
+            )
         if local_pairs:
             parts.append(LossPart("dino_local", local_losses.mean(), scale * local_pairs * self.local_weight))
         return parts

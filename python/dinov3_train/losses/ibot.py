@@ -23,7 +23,9 @@ class IbotLoss:
     weight: float
     student_temperature: float
 
-    def __call__(self, outputs: Outputs, targets: Targets, batch: CropBatch, collectives: Collectives) -> list[LossPart]:
+    def __call__(
+        self, outputs: Outputs, targets: Targets, batch: CropBatch, collectives: Collectives
+    ) -> list[LossPart]:
         crops = batch.masks.shape[0] * batch.masks.shape[1]  # G B
         loss = assignment_cross_entropy(
             outputs.ibot_logits[None],  # (1, M, K)

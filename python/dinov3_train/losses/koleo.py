@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from dinov3_ext import Collectives
 from torch import Tensor
+
+from dinov3_ext import Collectives
 
 from ..data.batch import CropBatch
 from .outputs import LossPart, Outputs, Targets
@@ -27,7 +28,9 @@ class KoLeoLoss:
     weight: float
     group: int | None = None
 
-    def __call__(self, outputs: Outputs, targets: Targets, batch: CropBatch, collectives: Collectives) -> list[LossPart]:
+    def __call__(
+        self, outputs: Outputs, targets: Targets, batch: CropBatch, collectives: Collectives
+    ) -> list[LossPart]:
         features = outputs.cls.transpose(0, 1)  # (B, G, D)
         group = features.shape[0] if self.group is None else self.group
         if features.shape[0] % group:
@@ -43,11 +46,13 @@ class KoLeoLoss:
 
 
 def _nearest_neighbour_loss(features: Tensor, epsilon: float = 1e-8) -> Tensor:
-    """-log distance to the nearest other row of the same group: (..., group, D) -> (..., group), in fp32."""
+    """-log distance to the nearest other row of the same group: (..., group, D) -> (..., group), in fp32 or wider."""
     with torch.autocast(features.device.type, enabled=False):
-        unit = F.normalize(features.float(), dim=-1)
+        unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
         with torch.no_grad():
-            similarity = unit @ unit.transpose(-1, -2)  # (..., group, group)
+            # fp64: in fp32 every point closer than 3e-4 is as good a neighbour, and which one wins depends on the shape
+            exact = F.normalize(features.double(), dim=-1)
+            similarity = exact @ exact.transpose(-1, -2)  # (..., group, group)
             similarity.diagonal(dim1=-2, dim2=-1).fill_(-2.0)  # below every cosine: never its own neighbour
             nearest = similarity.argmax(dim=-1, keepdim=True)  # (..., group, 1)
         neighbour = torch.gather(unit, -2, nearest.expand_as(unit))

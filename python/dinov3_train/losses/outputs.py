@@ -1,6 +1,6 @@
 """What student and teacher hand to the loss terms, and what a term hands back.
 
-Letters: B images per rank, G global and L local crops per image, N patch tokens, D width, K prototypes, M masked patches.
+B images per rank, G global and L local crops per image, N patch tokens, D width, K prototypes, M masked patches.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from dinov3_ext import Collectives, Potentials
 from torch import Tensor
+
+from dinov3_ext import Collectives, Potentials
 
 from ..data.batch import CropBatch
 
@@ -47,4 +48,6 @@ class LossPart:
 class Term(Protocol):
     """A loss term. Values are means over the rank's images, so that averaging over ranks gives the global batch's."""
 
-    def __call__(self, outputs: Outputs, targets: Targets, batch: CropBatch, collectives: Collectives) -> list[LossPart]: ...
+    def __call__(
+        self, outputs: Outputs, targets: Targets, batch: CropBatch, collectives: Collectives
+    ) -> list[LossPart]: ...

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from dinov3_ext import ALONE, Collectives
 from torch import Tensor, nn
+
+from dinov3_ext import ALONE, Collectives
 
 from .networks import Networks
 
@@ -49,7 +50,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 def replicated(student: Networks, world_size: int) -> nn.Module:
-    """The student as the ranks share it: gradients averaged by DistributedDataParallel, or the student itself when alone."""
+    """The student as the ranks share it: DistributedDataParallel averages its gradients; alone, the student itself."""
     if world_size == 1:
         return student
     return nn.parallel.DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from dinov3_ext import Collectives, sinkhorn_knopp
 from torch import Tensor, nn
+
+from dinov3_ext import Collectives, sinkhorn_knopp
 
 from ..data.batch import CropBatch
 from ..losses import Outputs, Targets
@@ -20,14 +21,18 @@ MODULES = ("backbone", "dino_head", "ibot_head")  # what is clipped separately a
 class Networks(nn.Module):
     """Backbone, DINO head on CLS tokens, iBOT head on masked patches."""
 
-    def __init__(self, backbone: VisionTransformer, dino_head: ProjectionHead, ibot_head: ProjectionHead, *, checkpointing: str):
+    def __init__(
+        self, backbone: VisionTransformer, dino_head: ProjectionHead, ibot_head: ProjectionHead, *, checkpointing: str
+    ):
         super().__init__()
         self.backbone = backbone
         self.dino_head = dino_head
         self.ibot_head = ibot_head
         self.checkpointing = checkpointing
 
-    def forward(self, batch: CropBatch, global_crops: Tensor, local_crops: Tensor | None, draws: TrainingDraws) -> Outputs:
+    def forward(
+        self, batch: CropBatch, global_crops: Tensor, local_crops: Tensor | None, draws: TrainingDraws
+    ) -> Outputs:
         """The student's pass: masked global crops and local crops through every layer together.
 
         Args:

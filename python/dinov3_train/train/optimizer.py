@@ -12,7 +12,7 @@ from .networks import Networks
 
 @dataclass(frozen=True)
 class GroupRule:
-    """How a parameter follows the schedules: multipliers of learning rate and weight decay, and whether it is a prototype layer."""
+    """How a parameter follows the schedules: multipliers of learning rate and weight decay; is it a prototype layer."""
 
     learning_rate: float
     weight_decay: float
@@ -32,7 +32,9 @@ def group_rule(name: str, *, depth: int, layer_decay: float, patch_embed_multipl
     index = depth + 1
     if parts[0] == "backbone" and parts[1] == "blocks":
         index = int(parts[2]) + 1
-    elif parts[0] == "backbone" and (parts[1] == "patch_embed" or parts[1].endswith("_token") or parts[1] == "storage_tokens"):
+    elif parts[0] == "backbone" and (
+        parts[1] == "patch_embed" or parts[1].endswith("_token") or parts[1] == "storage_tokens"
+    ):
         index = 0
     rate = layer_decay ** (depth + 1 - index)
     if parts[0] == "backbone" and parts[1] == "patch_embed":
@@ -41,7 +43,9 @@ def group_rule(name: str, *, depth: int, layer_decay: float, patch_embed_multipl
     return GroupRule(rate, 0.0 if exempt else 1.0, parts[0].endswith("_head") and "prototypes" in name)
 
 
-def adamw(networks: Networks, *, betas: tuple[float, float], layer_decay: float, patch_embed_multiplier: float) -> torch.optim.AdamW:
+def adamw(
+    networks: Networks, *, betas: tuple[float, float], layer_decay: float, patch_embed_multiplier: float
+) -> torch.optim.AdamW:
     """One fused AdamW over all trainable parameters; each group keeps its `rule` for `set_rates`.
 
     State is created here, not at the first step, so that a checkpoint of any step has the same entries.
@@ -52,7 +56,9 @@ def adamw(networks: Networks, *, betas: tuple[float, float], layer_decay: float,
         if parameter.requires_grad:
             rule = group_rule(name, depth=depth, layer_decay=layer_decay, patch_embed_multiplier=patch_embed_multiplier)
             groups.setdefault(rule, []).append(parameter)
-    optimizer = torch.optim.AdamW([{"params": p, "rule": r} for r, p in groups.items()], lr=0.0, betas=betas, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": p, "rule": r} for r, p in groups.items()], lr=0.0, betas=betas, fused=True
+    )
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
@@ -63,7 +69,9 @@ def adamw(networks: Networks, *, betas: tuple[float, float], layer_decay: float,
     return optimizer
 
 
-def set_rates(optimizer: torch.optim.AdamW, *, learning_rate: float, prototype_rate: float, weight_decay: float) -> None:
+def set_rates(
+    optimizer: torch.optim.AdamW, *, learning_rate: float, prototype_rate: float, weight_decay: float
+) -> None:
     """Give every group its learning rate and weight decay of this step."""
     for group in optimizer.param_groups:
         rule: GroupRule = group["rule"]

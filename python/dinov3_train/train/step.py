@@ -7,8 +7,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from dinov3_ext import Collectives
 from torch import Tensor, nn
+
+from dinov3_ext import Collectives
 
 from ..data.batch import CropBatch, normalize
 from ..losses import Term
@@ -59,14 +60,16 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did: loss parts (means over ranks are the caller's), gradient norms per module, whether it was taken."""
+    """What one step did: loss parts of this rank, gradient norms per module, and whether it was taken."""
 
     losses: dict[str, Tensor]  # scalars on the device, unweighted, and "loss", the weighted total
     gradient_norms: dict[str, Tensor]
     finite: bool
 
 
-def train_step(state: TrainState, batches: Sequence[CropBatch], values: StepValues, settings: StepSettings) -> StepReport:
+def train_step(
+    state: TrainState, batches: Sequence[CropBatch], values: StepValues, settings: StepSettings
+) -> StepReport:
     """Teacher targets, student outputs, losses, gradients, AdamW, EMA.
 
     Args:
@@ -75,7 +78,7 @@ def train_step(state: TrainState, batches: Sequence[CropBatch], values: StepValu
         values: of the schedules at `state.step`.
         settings: of the run.
 
-    Errors: RuntimeError after more than `max_skipped` non-finite steps in a row, with the loss parts and image names.
+    Errors: RuntimeError after `max_skipped` non-finite steps in a row, with the loss parts and image names.
     """
     device = next(state.student.parameters()).device
     autocast = torch.autocast(device.type, settings.autocast, enabled=settings.autocast is not None)
@@ -106,15 +109,17 @@ def train_step(state: TrainState, batches: Sequence[CropBatch], values: StepValu
                     collectives=settings.collectives,
                 )
                 outputs = state.replicated(batch, global_crops, local_crops, draws)
-                parts = [part for term in settings.terms for part in term(outputs, targets, batch, settings.collectives)]
+                parts = [
+                    part for term in settings.terms for part in term(outputs, targets, batch, settings.collectives)
+                ]
             loss = sum(part.weight * part.value for part in parts)
             (loss / len(batches)).backward()
         for name, value in [("loss", loss), *((part.name, part.value) for part in parts)]:
             losses[name] = losses.get(name, 0.0) + value.detach().float() / len(batches)
 
     norms = clip_per_module(state.student, settings.clip)
-    healthy = torch.stack([*losses.values(), *norms.values()]).isfinite().all().logical_not().float()
-    finite = float(settings.collectives.all_reduce(healthy, "max")) == 0.0  # on all ranks together
+    broken = torch.stack([*losses.values(), *norms.values()]).isfinite().all().logical_not().float()
+    finite = float(settings.collectives.all_reduce(broken, "max")) == 0.0  # on all ranks together
     if finite:
         set_rates(
             state.optimizer,
@@ -127,7 +132,7 @@ def train_step(state: TrainState, batches: Sequence[CropBatch], values: StepValu
     state.step += 1
     state.images += settings.batch_size
     state.skipped = 0 if finite else state.skipped + 1
-    if state.skipped > settings.max_skipped:
+    if not finite and state.skipped >= settings.max_skipped:
         raise RuntimeError(_non_finite(state, losses, norms, batches))
     return StepReport(losses, norms, finite)
 
@@ -141,12 +146,15 @@ def clip_per_module(student: Networks, clip: float | None) -> dict[str, Tensor]:
     return norms
 
 
-def _non_finite(state: TrainState, losses: dict[str, Tensor], norms: dict[str, Tensor], batches: Sequence[CropBatch]) -> str:
+def _non_finite(
+    state: TrainState, losses: dict[str, Tensor], norms: dict[str, Tensor], batches: Sequence[CropBatch]
+) -> str:
     parts = ", ".join(f"{name} = {float(value):.4g}" for name, value in losses.items())
     gradients = ", ".join(f"{name} = {float(value):.4g}" for name, value in norms.items())
     names = [name for batch in batches for name in batch.names]
     shown = ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
     return (
-        f"training stopped at step {state.step - 1}: {state.skipped} steps in a row were not finite and were skipped, the "
-        f"weights are those of the last finite step. Loss parts: {parts}. Gradient norms: {gradients}. Images: {shown}"
+        f"training stopped at step {state.step - 1}: {state.skipped} steps in a row were not finite and were "
+        f"skipped, the weights are those of the last finite step. Loss parts: {parts}. Gradient norms: {gradients}. "
+        f"Images: {shown}"
     )
