@@ -13,7 +13,14 @@ from dinov3_train.models.layers import Block, BlockInputs
 MODES = ("none", "selective", "full")
 
 # matrix products and attention; everything else of a block (norms, GELU) is cheap to run twice
-_KEPT = ("aten::mm", "aten::addmm", "aten::linear", "aten::bmm", "aten::_scaled_dot_product_", "dinov3_ext::rope_attention")
+_KEPT = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::linear",
+    "aten::bmm",
+    "aten::_scaled_dot_product_",
+    "dinov3_ext::rope_attention",
+)
 
 
 def checkpointed(block: Block, x: Tensor, inputs: BlockInputs, *, mode: str) -> Tensor:
