@@ -49,7 +49,8 @@ def test_sides_types_and_counts():
     assert [tuple(crop.shape) for crop in views.gram_crops] == [(3, 96, 96)] * 2
     assert {crop.dtype for crop in views.global_crops + views.local_crops + views.gram_crops} == {torch.uint8}
     none = MultiCrop(Crops(globals=1, locals=0, global_size=16))(picture(0), 1)
-    assert len(none.global_crops) == 1 and none.local_crops == none.gram_crops == []
+    assert len(none.global_crops) == 1
+    assert none.local_crops == none.gram_crops == []
 
 
 def test_the_seed_decides_everything_and_nothing_global_changes():
@@ -57,7 +58,8 @@ def test_the_seed_decides_everything_and_nothing_global_changes():
     before = torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate(), image.tobytes()
     first = multi_crop(image, 7)
     after = torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate(), image.tobytes()
-    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
     torch.manual_seed(99)
     again, other = multi_crop(image, 7), multi_crop(image, 8)
     assert all(
@@ -86,7 +88,8 @@ def test_blur_is_torchvisions_to_a_level(size, sigma):
     difference = np.abs(
         gaussian_blur(np.array(image), sigma) - pixels(functional.gaussian_blur(image, [9, 9], [sigma] * 2))
     )
-    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3  # fp32 sums in another order, at halves
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3  # fp32 sums in another order, at halves
 
 
 def test_blur_of_a_side_within_the_radius_is_an_error():
@@ -120,11 +123,9 @@ def test_boxes_have_torchvisions_distribution(size, scale):
     transform, image = v2.RandomResizedCrop(8, scale=scale), torch.zeros(3, size[1], size[0])
     keys = ("left", "top", "width", "height")
     theirs = np.array([[transform.make_params([image])[key] for key in keys] for _ in range(count)], dtype=float)
-    assert (
-        (mine[:, :2] >= 0).all()
-        and (mine[:, 0] + mine[:, 2] <= size[0]).all()
-        and (mine[:, 1] + mine[:, 3] <= size[1]).all()
-    )
+    assert (mine[:, :2] >= 0).all()
+    assert (mine[:, 0] + mine[:, 2] <= size[0]).all()
+    assert (mine[:, 1] + mine[:, 3] <= size[1]).all()
     for column in range(4):
         grid = np.unique(np.concatenate([mine[:, column], theirs[:, column]]))
         shares = [np.searchsorted(np.sort(sample[:, column]), grid, side="right") / count for sample in (mine, theirs)]
@@ -135,9 +136,13 @@ def test_boxes_have_torchvisions_distribution(size, scale):
 def test_images_too_long_for_any_box_give_the_central_one(size):
     width, height = size
     left, top, columns, rows = crop_box(draws(1)[0], width, height, (0.9, 1.0))
-    assert 0 <= left and left + columns <= width and 0 <= top and top + rows <= height
+    assert 0 <= left
+    assert left + columns <= width
+    assert 0 <= top
+    assert top + rows <= height
     assert (columns, rows) == {(300, 10): (13, 10), (10, 300): (10, 13), (1, 1): (1, 1)}[size]
-    assert abs((width - columns) / 2 - left) <= 0.5 and abs((height - rows) / 2 - top) <= 0.5
+    assert abs((width - columns) / 2 - left) <= 0.5
+    assert abs((height - rows) / 2 - top) <= 0.5
     MultiCrop(PLAIN)(picture(0, *size), 3)
 
 
@@ -172,7 +177,9 @@ def test_blur_probabilities_are_those_of_their_name(monkeypatch, blur, expected)
         blurred += [m != float(c.float().mean()) for m, c in zip(mean, base.global_crops + base.local_crops)]
     assert np.abs(blurred / count - expected).max() < 0.08  # 600 draws of .5: 4 sigma
     sigmas = np.array([sigma for _, sigma in seen])
-    assert 0.1 <= sigmas.min() < 0.15 and 1.95 < sigmas.max() <= 2.0 and abs(sigmas.mean() - 1.05) < 0.1
+    assert 0.1 <= sigmas.min() < 0.15
+    assert 1.95 < sigmas.max() <= 2.0
+    assert abs(sigmas.mean() - 1.05) < 0.1
 
 
 def test_solarize_falls_on_later_global_crops_only(no_blur):
@@ -182,7 +189,8 @@ def test_solarize_falls_on_later_global_crops_only(no_blur):
     assert torch.equal(plain.global_crops[0], inverted.global_crops[0])
     assert torch.equal(plain.local_crops[0], inverted.local_crops[0])
     expected = functional.solarize(plain.global_crops[1], 128)
-    assert torch.equal(inverted.global_crops[1], expected) and not torch.equal(expected, plain.global_crops[1])
+    assert torch.equal(inverted.global_crops[1], expected)
+    assert not torch.equal(expected, plain.global_crops[1])
 
 
 def test_jitter_and_grey_have_their_shares_and_ranges(monkeypatch, no_blur):
@@ -196,7 +204,8 @@ def test_jitter_and_grey_have_their_shares_and_ranges(monkeypatch, no_blur):
         views = multi_crop(picture(1, 24, 24), seed)
         for crop in views.global_crops + views.local_crops:
             grey += bool(torch.equal(crop[0], crop[1]) and torch.equal(crop[0], crop[2]))
-    assert abs(grey / 1600 - 0.2) < 0.04 and abs(len(seen["hue"]) / 1600 - 0.8) < 0.04  # 4 sigma
+    assert abs(grey / 1600 - 0.2) < 0.04
+    assert abs(len(seen["hue"]) / 1600 - 0.8) < 0.04  # 4 sigma
     for name, low, high in (
         ("brightness", 0.6, 1.4),
         ("contrast", 0.6, 1.4),
@@ -204,14 +213,16 @@ def test_jitter_and_grey_have_their_shares_and_ranges(monkeypatch, no_blur):
         ("hue", -0.1, 0.1),
     ):
         values, width = np.array(seen[name]), high - low
-        assert low <= values.min() < low + 0.02 * width and high - 0.02 * width < values.max() <= high
+        assert low <= values.min() < low + 0.02 * width
+        assert high - 0.02 * width < values.max() <= high
         assert abs(values.mean() - (low + high) / 2) < 0.035 * width  # 1280 draws: 4 sigma
 
 
 def test_all_orders_of_the_jitter_occur():
     picked = [int(row[augmentation.ORDER] * 24) for row in draws(2000)]
     counts = np.bincount(picked, minlength=24)
-    assert counts.min() > 45 and counts.max() < 125  # mean 83, 4 sigma 36
+    assert counts.min() > 45
+    assert counts.max() < 125  # mean 83, 4 sigma 36
 
 
 @pytest.mark.parametrize(

@@ -28,28 +28,32 @@ def batch(*, local: int = 3, gram: int = 0):
 
 def test_collate_is_crop_major():
     views, made = batch(gram=2)
-    assert made.global_crops.shape == (2, 2, 3, 16, 16) and made.local_crops.shape == (3, 2, 3, 8, 8)
-    assert made.gram_crops.shape == (2, 2, 3, 24, 24) and made.global_crops.is_contiguous()
+    assert made.global_crops.shape == (2, 2, 3, 16, 16)
+    assert made.local_crops.shape == (3, 2, 3, 8, 8)
+    assert made.gram_crops.shape == (2, 2, 3, 24, 24)
+    assert made.global_crops.is_contiguous()
     for image in range(2):
         for crop in range(2):
             assert torch.equal(made.global_crops[crop, image], views[image].global_crops[crop])
         assert torch.equal(made.local_crops[2, image], views[image].local_crops[2])
-    assert made.mask_indices.tolist() == [4, 5, 6, 10] and made.mask_indices.dtype == torch.int64
+    assert made.mask_indices.tolist() == [4, 5, 6, 10]
+    assert made.mask_indices.dtype == torch.int64
     assert torch.allclose(made.mask_weights, torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0]))
-    assert made.mask_weights.dtype == torch.float32 and made.masks.flatten().nonzero().flatten().tolist() == [
-        4,
-        5,
-        6,
-        10,
-    ]
-    assert made.indices.tolist() == [6, 7] and made.names == ("a", "b") and made.skipped == ("c: broken",)
+    assert made.mask_weights.dtype == torch.float32
+    assert torch.equal(made.masks.flatten().nonzero().flatten(), made.mask_indices)
+    assert made.indices.tolist() == [6, 7]
+    assert made.names == ("a", "b")
+    assert made.skipped == ("c: broken",)
 
 
 def test_absent_crops_stay_absent_and_indices_stay_on_the_host():
     _, made = batch(local=0)
     moved = made.to("meta")
-    assert made.local_crops is None and made.gram_crops is None and moved.local_crops is None
-    assert moved.masks.device.type == "meta" and moved.indices.device.type == "cpu"
+    assert made.local_crops is None
+    assert made.gram_crops is None
+    assert moved.local_crops is None
+    assert moved.masks.device.type == "meta"
+    assert moved.indices.device.type == "cpu"
 
 
 def test_normalize_equals_torchvision():

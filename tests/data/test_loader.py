@@ -68,10 +68,13 @@ def test_a_start_in_the_middle_is_the_tail(source, reference, workers):
 
 def test_shapes_and_contents(source, reference):
     first = reference[0]
-    assert first.global_crops.shape == (2, 8, 3, 32, 32) and first.local_crops.shape == (2, 8, 3, 16, 16)
-    assert first.gram_crops.shape == (2, 8, 3, 48, 48) and first.masks.shape == (2, 8, 16)
+    assert first.global_crops.shape == (2, 8, 3, 32, 32)
+    assert first.local_crops.shape == (2, 8, 3, 16, 16)
+    assert first.gram_crops.shape == (2, 8, 3, 48, 48)
+    assert first.masks.shape == (2, 8, 16)
     assert [batch.indices.tolist() for batch in reference] == [list(range(8 * s, 8 * s + 8)) for s in range(4)]
-    assert len({int(batch.masks.sum()) for batch in reference}) == 1 and first.mask_weights.sum() == pytest.approx(8)
+    assert len({int(batch.masks.sum()) for batch in reference}) == 1
+    assert first.mask_weights.sum() == pytest.approx(8)
     assert sorted(name for batch in reference[:3] for name in batch.names) == [source.name(n) for n in range(24)]
     order = Sampler(24, 3)
     assert first.names == tuple(source.name(order.image(index)) for index in range(8))
@@ -93,7 +96,8 @@ def test_ranks_and_micro_batches_add_up_to_one_rank(source, reference, world_siz
 
 def test_a_seed_changes_order_crops_and_masks(source, reference):
     other = stream(source, seed=4, steps=1)[0]
-    assert other.names != reference[0].names and not torch.equal(other.masks, reference[0].masks)
+    assert other.names != reference[0].names
+    assert not torch.equal(other.masks, reference[0].masks)
 
 
 def test_nothing_global_is_touched(source):
@@ -108,7 +112,8 @@ def test_fewer_images_than_a_batch(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(encode(picture(number), "PNG"))
     batch = stream(open_source(tmp_path), steps=1)[0]
-    assert len(batch.names) == 8 and len(set(batch.names)) == 3
+    assert len(batch.names) == 8
+    assert len(set(batch.names)) == 3
     assert not torch.equal(batch.global_crops[0, 0], batch.global_crops[0, 3])  # the same three images, other crops
 
 
@@ -134,7 +139,8 @@ def test_unreadable_images_are_replaced_and_named(broken, photographs, reference
     assert all("truncated" in entry for entry in skipped if "008" in entry)
     assert not any(name.endswith(("004.jpg", "008.jpg", "011.jpg")) for batch in batches for name in batch.names)
     for batch, whole in zip(batches, reference, strict=True):
-        assert len(batch.names) == 8 and torch.equal(batch.masks, whole.masks)
+        assert len(batch.names) == 8
+        assert torch.equal(batch.masks, whole.masks)
         for place, (name, was) in enumerate(zip(batch.names, whole.names, strict=True)):
             same = os.path.relpath(name, broken) == os.path.relpath(was, photographs)
             assert not same or torch.equal(batch.global_crops[:, place], whole.global_crops[:, place])
@@ -150,7 +156,8 @@ def test_a_source_without_a_readable_image_ends_with_names(tmp_path):
 def test_unreadable_images_are_counted_once_and_stop_the_run_above_the_limit():
     count = UnreadableCount(200, 0.01)
     assert count.add(("a: broken", "a: broken")) == ["a: broken"]
-    assert count.add(("a: broken",)) == [] and count.add(("b: cut",)) == ["b: cut"]
+    assert count.add(("a: broken",)) == []
+    assert count.add(("b: cut",)) == ["b: cut"]
     with pytest.raises(ValueError, match=r"3 of 200 .* data.max_unreadable = 0.01:\n  a: broken\n  b: cut\n  c: cut"):
         count.add(("c: cut",))
     small = UnreadableCount(10, 0.01)
@@ -205,5 +212,6 @@ def test_sides_that_do_not_divide(source, crops, message):
 
 def test_real_shards_with_two_workers_equal_none(shared_data):
     shard = open_source(shared_data / "caltech101-train.tar")
-    assert len(shard) == 3974 and sum(shard.label(n) is None for n in range(len(shard))) == 467
+    assert len(shard) == 3974
+    assert sum(shard.label(n) is None for n in range(len(shard))) == 467
     assert all(equal(a, b) for a, b in zip(stream(shard, steps=2), stream(shard, steps=2, workers=2), strict=True))

@@ -28,7 +28,8 @@ def test_the_total_of_a_step_is_constant_and_its_owners_change():
     assert 0.152 < steps[0].sum() / (32 * 256) < 0.164
     assert len({counts.tobytes() for counts in steps}) == 50
     masked = np.mean([counts > 0 for counts in steps], axis=0)
-    assert 0.2 < masked.min() and masked.max() < 0.8  # each crop in about half of the steps: 50 draws, 4 sigma
+    assert 0.2 < masked.min()
+    assert masked.max() < 0.8  # each crop in about half of the steps: 50 draws, 4 sigma
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (2, 2), (4, 4), (5, 9), (16, 16), (48, 48)])
@@ -36,7 +37,8 @@ def test_counts_are_exact_on_any_grid(grid):
     patches = grid[0] * grid[1]
     counts = np.unique(np.linspace(0, patches, 40).astype(int))
     masks = block_masks(counts, grid, seed=1, crops=np.arange(len(counts)))
-    assert masks.shape == (len(counts), patches) and masks.dtype == bool
+    assert masks.shape == (len(counts), patches)
+    assert masks.dtype == bool
     assert (masks.sum(1) == counts).all()
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
+import importlib.util
 import io
 import os
 import pickle
+import re
+import threading
 import time
+from pathlib import Path
 
 import pytest
 from pictures import encode, picture, write_tar
@@ -20,7 +25,8 @@ def names(source) -> list[str]:
 
 def test_folder_labels_are_the_first_folder_level(photographs):
     source = open_source(photographs)
-    assert len(source) == 24 and source.classes == ["bird", "cat", "dog"]
+    assert len(source) == 24
+    assert source.classes == ["bird", "cat", "dog"]
     assert names(source) == sorted(names(source))
     for number in range(24):
         assert source.name(number).split(os.sep)[-2] == source.classes[source.label(number)]
@@ -70,11 +76,13 @@ def test_list_with_relative_paths_and_labels(tmp_path, photographs):
     absolute = photographs / "cat" / "001.jpg"
     (tmp_path / "list.txt").write_text(f"sub/one.jpg\t7\n\n{absolute}\n")
     source = open_source(tmp_path / "list.txt")
-    assert source.read(0) == b"one" and source.name(1) == str(absolute)
+    assert source.read(0) == b"one"
+    assert source.name(1) == str(absolute)
     assert [source.label(0), source.label(1), source.classes] == [7, None, None]
     (tmp_path / "named.txt").write_text(f"sub/one.jpg\tzebra\n{absolute}\tape\n")
     named = open_source(tmp_path / "named.txt")
-    assert named.classes == ["ape", "zebra"] and [named.label(0), named.label(1)] == [1, 0]
+    assert named.classes == ["ape", "zebra"]
+    assert [named.label(0), named.label(1)] == [1, 0]
 
 
 def test_shards_give_images_labels_and_extras(shards):
@@ -106,6 +114,53 @@ def test_every_way_to_name_shards(shards, tmp_path):
     remote = open_source(f"file://{shards}/part-{{000..002}}.tar")
     assert [remote.read(number) for number in range(12)] == [encode(picture(number)) for number in range(12)]
     assert len(open_source(f"file://{shards}/part-*.tar")) == 12
+
+
+class _Ranges(http.server.BaseHTTPRequestHandler):
+    """Serves the files of `folder`, parts of them on request, as object stores do."""
+
+    folder: Path
+
+    def do_HEAD(self) -> None:
+        self.do_GET(body=False)
+
+    def do_GET(self, body: bool = True) -> None:
+        path = self.folder / self.path.split("?")[0].lstrip("/")
+        if not path.is_file():
+            return self.send_error(404)
+        data = path.read_bytes()
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first, last = (int(part[1]), int(part[2] or len(data) - 1)) if part else (0, len(data) - 1)
+        self.send_response(206 if part else 200)
+        if part:
+            self.send_header("Content-Range", f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(data[first : last + 1])))
+        self.end_headers()
+        if body:
+            self.wfile.write(data[first : last + 1])
+
+    def log_message(self, *_) -> None:
+        """Silence."""
+
+
+def test_shards_over_http_in_this_process_and_in_a_forked_one(shards):
+    pytest.importorskip("aiohttp", reason="fsspec reads http(s):// through aiohttp")
+    handler = type("Handler", (_Ranges,), {"folder": shards})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        source = open_source(f"http://127.0.0.1:{server.server_port}/part-{{000..001}}.tar?key=x")
+        assert len(source) == 8
+        assert source.read(5) == encode(picture(5))
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if all(source.read(n) == encode(picture(n)) for n in range(8)) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        with pytest.raises(ValueError, match=r"cannot open shard http://.*/gone.tar"):
+            open_source(f"http://127.0.0.1:{server.server_port}/gone.tar")
+    finally:
+        server.shutdown()
 
 
 def test_braces_and_commas():
@@ -146,6 +201,23 @@ def test_a_truncated_tar_names_shard_and_byte(shards, tmp_path):
         assert "\n" not in str(raised.value)
 
 
+def test_a_tar_cut_between_members_is_said_to_lack_its_end(shards, tmp_path):
+    whole = (shards / "part-000.tar").read_bytes()
+    (tmp_path / "short.tar").write_bytes(whole[:1024])  # the first member, a label of one byte
+    with (
+        pytest.warns(UserWarning, match=r"short.tar has no end mark after byte 1024: it may be truncated"),
+        pytest.raises(ValueError, match="no image in shard"),
+    ):
+        open_source(tmp_path / "short.tar")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("s3fs") is not None, reason="s3fs is installed here")
+def test_a_url_whose_package_is_missing_says_so():
+    for spec in ("s3://bucket/x.tar", "s3://bucket/x-*.tar"):
+        with pytest.raises(ValueError, match=r"s3://bucket/x.*(?i:install s3fs)"):
+            open_source(spec)
+
+
 def test_a_damaged_header_is_not_taken_for_the_end(shards, tmp_path):
     data = bytearray((shards / "part-000.tar").read_bytes())
     data[1024:1536] = b"\xff" * 512
@@ -170,7 +242,8 @@ def test_samples_without_an_image_are_said_to_be_left_out(tmp_path):
     write_tar(tmp_path / "some.tar", {"a.cls": b"1", "b.cls": b"2", "b.jpg": b"x"})
     with pytest.warns(UserWarning, match="1 samples without an image, such as a, are left out"):
         source = open_source(tmp_path / "some.tar")
-    assert len(source) == 1 and source.label(0) == 2
+    assert len(source) == 1
+    assert source.label(0) == 2
 
 
 def test_a_label_that_is_no_number(tmp_path):
@@ -181,10 +254,13 @@ def test_a_label_that_is_no_number(tmp_path):
 
 def test_torchvision_by_name(photographs):
     source = open_source("torchvision:FakeData:size=6:num_classes=3")
-    assert len(source) == 6 and source.read(2).size == (224, 224) and 0 <= source.label(2) < 3
+    assert len(source) == 6
+    assert source.read(2).size == (224, 224)
+    assert 0 <= source.label(2) < 3
     assert source.name(2) == "torchvision:FakeData[2]"
     folder = open_source(f"torchvision:ImageFolder:root={photographs}")
-    assert folder.classes == ["bird", "cat", "dog"] and folder.label(23) == 2
+    assert folder.classes == ["bird", "cat", "dog"]
+    assert folder.label(23) == 2
 
 
 @pytest.mark.parametrize(
@@ -209,8 +285,10 @@ def test_several_sources_are_one(photographs, shards, tmp_path):
     (other / "ant" / "a.jpg").write_bytes(b"a")
     (other / "dog" / "d.jpg").write_bytes(b"d")
     both = open_source([photographs, other])
-    assert len(both) == 26 and both.classes == ["ant", "bird", "cat", "dog"]
-    assert [both.label(0), both.label(24), both.label(25)] == [1, 0, 3] and both.read(25) == b"d"
+    assert len(both) == 26
+    assert both.classes == ["ant", "bird", "cat", "dog"]
+    assert [both.label(0), both.label(24), both.label(25)] == [1, 0, 3]
+    assert both.read(25) == b"d"
     mixed = open_source([photographs, shards / "part-000.tar"])
     assert mixed.read_extra(24, "cls") == b"0"
     with pytest.raises(ValueError, match="has label 0 without a name"):
@@ -222,7 +300,7 @@ def test_missing_and_empty(tmp_path, photographs):
         open_source(photographs / "dig")
     with pytest.raises(ValueError, match="does not exist"):
         open_source(tmp_path / "part-{000..001}.tar")
-    with pytest.raises(ValueError, match="no image below .* it holds no files at all"):
+    with pytest.raises(ValueError, match=r"no image below .* it holds no files at all"):
         open_source(tmp_path)
     (tmp_path / "notes.md").write_text("x")
     with pytest.raises(ValueError, match=r"it holds .md \(1\); expected avif, bmp"):
@@ -233,7 +311,7 @@ def test_missing_and_empty(tmp_path, photographs):
     with pytest.raises(ValueError, match="is empty"):
         open_source(tmp_path / "empty.txt")
     (tmp_path / "lost.txt").write_text("gone/1.jpg\ngone/2.jpg\n")
-    with pytest.raises(ValueError, match="none of its first 2 paths exists, such as .*gone/1.jpg"):
+    with pytest.raises(ValueError, match=r"none of its first 2 paths exists, such as .*gone/1.jpg"):
         open_source(tmp_path / "lost.txt")
     with pytest.raises(ValueError, match="got none"):
         open_source([])
@@ -243,5 +321,6 @@ def test_the_index_of_ten_thousand_members_takes_moments(tmp_path):
     write_tar(tmp_path / "many.tar", {f"{n:05}.{kind}": b"1" for n in range(5000) for kind in ("jpg", "cls")})
     start = time.process_time()
     source = open_source(tmp_path / "many.tar")
-    assert len(source) == 5000 and source.label(4999) == 1
+    assert len(source) == 5000
+    assert source.label(4999) == 1
     assert time.process_time() - start < 10  # measured .6 s; the bound only catches a quadratic index

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dinov3_train import counter
-from dinov3_train.config import Crops, Masking
-from dinov3_train.data.augmentation import MultiCrop
-from dinov3_train.data.batch import CropBatch, Views, collate, patch_grid
-from dinov3_train.data.decode import UnreadableImage, decode
-from dinov3_train.data.masking import block_masks, step_counts
-from dinov3_train.data.sampler import BatchPlan, Sampler
-from dinov3_train.data.sources import Source
+from .. import counter
+from ..config import Crops, Masking
+from .augmentation import MultiCrop
+from .batch import CropBatch, Views, collate, patch_grid
+from .decode import UnreadableImage, decode
+from .masking import block_masks, step_counts
+from .sampler import BatchPlan, Sampler
+from .sources import Source
 
 UNREADABLE_IN_A_ROW = 100  # then the source as a whole is taken to be broken
 

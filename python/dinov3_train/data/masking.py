@@ -9,8 +9,8 @@ import math
 
 import numpy as np
 
-from dinov3_train import counter
-from dinov3_train.config import Masking
+from .. import counter
+from ..config import Masking
 
 TRIES = 10  # placements of a block that may fail in a row before single patches fill the rest
 LOWEST_AREA = 4  # patches of the smallest block

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dinov3_train import counter
+from .. import counter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,13 @@ import os
 import tarfile
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 
-from dinov3_train.data.sources import IMAGE_SUFFIXES, PackedStrings, Source
+from .sources import IMAGE_SUFFIXES, PackedStrings, Source
 
 OPEN_SHARDS = 64  # handles kept per process
 BLOCK = 512  # bytes of a tar header
@@ -101,7 +101,7 @@ def _index(shard: str) -> tuple[list[str], list[_Member]]:
     return list(stems), members
 
 
-def _entries(shard: str, stream: BinaryIO, length: int):
+def _entries(shard: str, stream: BinaryIO, length: int) -> Iterator[tarfile.TarInfo]:
     """The entries of a tar; a cut or damaged file is an error with the byte where reading ended."""
     try:
         archive = tarfile.open(fileobj=stream, mode="r:")
@@ -123,7 +123,10 @@ def _entries(shard: str, stream: BinaryIO, length: int):
         yield entry
         archive.members.clear()  # tarfile keeps all of them otherwise
     stream.seek(place)
-    if stream.read(BLOCK).strip(b"\0"):  # tarfile takes a damaged header for the end
+    block = stream.read(BLOCK)
+    if not block:
+        warnings.warn(f"data: shard {shard} has no end mark after byte {place}: it may be truncated", stacklevel=5)
+    if block.strip(b"\0"):  # tarfile takes a damaged header for the end
         raise ValueError(f"data: shard {shard} is damaged at byte {place} of {length}: expected a tar header")
 
 

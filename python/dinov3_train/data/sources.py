@@ -65,8 +65,8 @@ def open_source(spec: str | os.PathLike | Sequence[str | os.PathLike]) -> Source
 
 
 def _open_one(spec: str) -> Source:
-    from dinov3_train.data.shards import ShardSource  # it needs `Source`
-    from dinov3_train.data.torchvision_source import open_torchvision
+    from .shards import ShardSource  # it needs `Source`
+    from .torchvision_source import open_torchvision
 
     if spec.startswith("torchvision:"):
         return open_torchvision(spec)
@@ -113,7 +113,10 @@ def _matches(pattern: str) -> list[str]:
 def _remote_matches(pattern: str) -> list[str]:
     import fsspec
 
-    found = sorted(opened.full_name for opened in fsspec.open_files(pattern))
+    try:
+        found = sorted(opened.full_name for opened in fsspec.open_files(pattern))
+    except (ImportError, OSError) as error:
+        raise ValueError(f"data: cannot list {pattern} ({error})") from error
     if not found:
         raise ValueError(f"data: {pattern} matches no shard")
     return found

@@ -7,7 +7,7 @@ import inspect
 
 from PIL import Image
 
-from dinov3_train.data.sources import Source
+from .sources import Source
 
 
 def open_torchvision(spec: str) -> Source:
