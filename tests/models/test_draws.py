@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from dinov3_train.config import Rope
 from dinov3_train.models.draws import drop_path_phases, systematic, training_draws
 from dinov3_train.models.packing import block_inputs
@@ -43,9 +44,11 @@ def test_ranks_are_slices_of_one(split):
 def test_per_block_rope_is_the_same_on_every_rank_and_differs_per_block():
     backbone = replace(BACKBONE, rope=Rope(draw="block"))
     whole, part = draws_of(6, 0, backbone=backbone), draws_of(2, 3, backbone=backbone)
-    assert part.per_block and all(torch.equal(a.scale, b.scale) for a, b in zip(whole.rope, part.rope))
+    assert part.per_block
+    assert all(torch.equal(a.scale, b.scale) for a, b in zip(whole.rope, part.rope))
     scales = torch.cat([draw.scale[:, 0] for draw in whole.rope])
-    assert len(scales) == 8 and len(set(scales.tolist())) == 8
+    assert len(scales) == 8
+    assert len(set(scales.tolist())) == 8
     assert torch.equal(whole.rope[0].scale[:, 0], whole.rope[0].scale[:, 1])
 
 
@@ -58,11 +61,14 @@ def test_draws_change_with_step_seed_and_crop():
 def test_rescale_is_log_uniform():
     backbone = replace(BACKBONE, drop_path=0.0, rope=Rope(rescale=2.0))
     draw = draws_of(4000, 0, batch=4000, backbone=backbone, crops=(1, 0))
-    assert draw.kept is None and len(draw.rope) == 1
+    assert draw.kept is None
+    assert len(draw.rope) == 1
     logarithm = draw.rope[0].scale[:, 0].log2().double()
-    assert logarithm.min() >= -1 and logarithm.max() <= 1
+    assert logarithm.min() >= -1
+    assert logarithm.max() <= 1
     # uniform in [-1, 1]: standard error of the mean 0.0091, of the square 0.0047; five of each
-    assert abs(logarithm.mean()) < 0.046 and abs(logarithm.square().mean() - 1 / 3) < 0.024
+    assert abs(logarithm.mean()) < 0.046
+    assert abs(logarithm.square().mean() - 1 / 3) < 0.024
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.4, 0.75])
@@ -107,9 +113,9 @@ def test_drop_path_is_unbiased():
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match="expected positions within the global batch of 6, got 4 to 7"):
+    with pytest.raises(ValueError, match=r"expected positions within the global batch of 6, got 4 to 7"):
         draws_of(3, 4)
-    with pytest.raises(ValueError, match="draw expects sequence or block, got 'step'"):
+    with pytest.raises(ValueError, match=r"draw expects sequence or block, got 'step'"):
         draws_of(1, 0, backbone=replace(BACKBONE, rope=Rope(draw="step")))
     with pytest.raises(ValueError, match=r"drop_path expects a rate in \[0, 1\)"):
         draws_of(1, 0, backbone=replace(BACKBONE, drop_path=1.0))

@@ -96,8 +96,9 @@ def test_checkpointing_and_drop_path_save_and_parts_add_up():
     assert sizes[0].activations > sizes[1].activations > sizes[2].activations
     assert sizes[0].total == sum(vars(sizes[0]).values())
     parameters = flops.backbone_parameters(backbone) + 2 * flops.head_parameters(1024, Head())
-    assert sizes[0].optimizer == 8 * parameters and sizes[0].gradients == 4 * parameters
+    assert sizes[0].optimizer == 8 * parameters
+    assert sizes[0].gradients == 4 * parameters
     dropped = training_memory(replace(backbone, drop_path=0.3), (Head(), Head()), Crops(), images=16)
     assert dropped.activations < sizes[0].activations
-    with pytest.raises(ValueError, match="checkpointing: expected one of none, selective, full"):
+    with pytest.raises(ValueError, match=r"checkpointing: expected one of none, selective, full"):
         backbone_activations(backbone, 10, "some", 2)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from dinov3_train.config import Head
 from dinov3_train.models.heads import ProjectionHead
 
@@ -22,16 +23,18 @@ def test_logits_are_prototypes_times_unit_bottleneck():
     torch.manual_seed(0)
     head, x = ProjectionHead(24, Head(hidden=32, bottleneck=8, prototypes=12)), torch.randn(5, 24)
     unit = head.bottleneck(x)
-    assert torch.allclose(unit.norm(dim=-1), torch.ones(5)) and unit.dtype == torch.float32
+    assert torch.allclose(unit.norm(dim=-1), torch.ones(5))
+    assert unit.dtype == torch.float32
     assert torch.equal(head(x), unit @ head.prototypes.weight.T)
-    assert head.prototypes.bias is None and not any("parametrizations" in key for key in head.state_dict())
+    assert head.prototypes.bias is None
+    assert not any("parametrizations" in key for key in head.state_dict())
     head(x).sum().backward()
     assert all(parameter.grad is not None for parameter in head.parameters())
 
 
 def test_one_layer_and_none():
     assert len(ProjectionHead(4, Head(hidden=8, bottleneck=4, prototypes=4, layers=1)).mlp) == 1
-    with pytest.raises(ValueError, match="layers expects at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"layers expects at least 1, got 0"):
         ProjectionHead(4, Head(layers=0))
 
 
@@ -40,5 +43,6 @@ def test_autocast_gives_bf16_logits_from_a_unit_bottleneck():
     with torch.autocast("cpu", torch.bfloat16):
         unit = head.bottleneck(torch.randn(5, 24))
         logits = head(torch.randn(5, 24))
-    assert unit.dtype == torch.float32 and logits.dtype == torch.bfloat16
+    assert unit.dtype == torch.float32
+    assert logits.dtype == torch.bfloat16
     assert torch.allclose(unit.norm(dim=-1), torch.ones(5))

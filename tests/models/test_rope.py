@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
+from dinov3_ext import rope_rotate
 from dinov3_train.config import Rope
 from dinov3_train.models.draws import coordinate_draw
 from dinov3_train.models.rope import (
@@ -19,16 +21,16 @@ from dinov3_train.models.rope import (
     table,
 )
 
-from dinov3_ext import rope_rotate
-
 CPU = torch.device("cpu")
 
 
 def test_coordinates_and_periods():
-    assert centres(16)[0] == -0.9375 and centres(16)[-1] == 0.9375
+    assert centres(16)[0] == -0.9375
+    assert centres(16)[-1] == 0.9375
     found = periods(64, 100.0)
     expected = 100.0 ** (np.arange(16) / 16)
-    assert found[0] == 1.0 and found[-1].item() == pytest.approx(74.99, abs=0.005)
+    assert found[0] == 1.0
+    assert found[-1].item() == pytest.approx(74.99, abs=0.005)
     assert periods(128, 100.0)[-1].item() == pytest.approx(86.6, abs=0.005)
     assert np.abs(found.numpy() / expected - 1).max() < 4 * 2.0**-24  # fp32 power: a few roundings
     assert found.dtype == torch.float32
@@ -40,7 +42,7 @@ def test_box_is_the_same_at_any_shape():
 
 
 def test_prefix_is_not_rotated_and_patches_are():
-    """A patch at row i, column j is turned by 2 pi c / period: first quarter from i, second from j, pairs (e, e + E/2)."""
+    """A patch at (i, j) is turned by 2 pi c / period: first quarter from i, second from j, pairs (e, e + E/2)."""
     heads, width, prefix, grid = 2, 16, 5, (2, 3)
     layout = packed_layout((CropGroup(1, grid),), prefix, False, CPU)
     rope = plain_table((grid,), width, 100.0, CPU)
@@ -77,4 +79,5 @@ def test_augmentation_order_and_ranges():
     assert torch.allclose(coordinate_draw(rope, high).scale, torch.full((1, 2), 3.0))
     assert torch.allclose(coordinate_rows((1, 1), draw, CPU), torch.tensor([[-0.2 / 3, -0.2 / 3]]))
     only = coordinate_draw(replace(rope, shift=None, jitter=None), np.array([[0.1, 0.9, 0.2, 0.7, 0.75]]))
-    assert not only.shift.any() and torch.allclose(only.scale, torch.full((1, 2), 2.0**0.5))
+    assert not only.shift.any()
+    assert torch.allclose(only.scale, torch.full((1, 2), 2.0**0.5))

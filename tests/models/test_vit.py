@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from dinov3_train.config import Rope
 from dinov3_train.models import vit
 from dinov3_train.models.draws import training_draws
@@ -57,7 +58,7 @@ def test_swiglu_widths():
     assert hidden_width(replace(plus, embed_dim=384)) == 1536
     assert hidden_width(replace(plus, embed_dim=1280)) == 5120
     assert hidden_width(BACKBONES["vit_7b"]) == 8192
-    with pytest.raises(ValueError, match="ffn expects one of mlp, swiglu"):
+    with pytest.raises(ValueError, match=r"ffn expects one of mlp, swiglu"):
         hidden_width(replace(plus, ffn="relu"))
 
 
@@ -77,7 +78,8 @@ def test_state_dict_names():
 def test_initial_values():
     torch.manual_seed(0)
     built = VisionTransformer(replace(SMALL, embed_dim=256, heads=4))
-    assert not built.mask_token.any() and not built.blocks[0].attn.qkv.bias.any()
+    assert not built.mask_token.any()
+    assert not built.blocks[0].attn.qkv.bias.any()
     assert built.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert built.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
     assert built.patch_embed.proj.weight.abs().max() <= (3 * 8**2) ** -0.5
@@ -89,12 +91,13 @@ def test_shapes_of_rectangles(shape):
     features = model().features(images(2, 3, *shape))
     h, w = shape[0] // 8, shape[1] // 8
     assert features.grid == (h, w)
-    assert features.cls.shape == (2, 64) and features.registers.shape == (2, 4, 64)
+    assert features.cls.shape == (2, 64)
+    assert features.registers.shape == (2, 4, 64)
     assert features.patches.shape == (2, h * w, 64)
 
 
 def test_sides_that_do_not_fit_name_the_nearest():
-    with pytest.raises(ValueError, match="got 20x5; nearest: height 16 or 24, width 8$"):
+    with pytest.raises(ValueError, match=r"got 20x5; nearest: height 16 or 24, width 8$"):
         model().features(images(1, 3, 20, 5))
     with pytest.raises(ValueError, match=r"expect float \(S, 3, Y, X\), got torch.uint8"):
         model().features(images(1, 3, 16, 16).to(torch.uint8))
@@ -135,7 +138,7 @@ def test_intermediate_layers():
     assert torch.equal(built.norm(flat(chosen[0])), flat(last))
     assert torch.equal(flat(built.intermediate_layers(crop, 3)[0]), built.norm(flat(chosen[1])))
     assert torch.equal(built(crop), last.cls)
-    with pytest.raises(ValueError, match="layers expects 1 to 3 blocks"):
+    with pytest.raises(ValueError, match=r"layers expects 1 to 3 blocks"):
         built.intermediate_layers(crop, [3])
 
 
@@ -198,17 +201,24 @@ def test_all_sequences_dropped_still_reaches_every_parameter():
     out = flat(built.forward_packed([images(1, 3, 16, 16)], draws=draws)[0])
     out.pow(3).mean().backward()
     assert all(parameter.grad is not None for parameter in built.parameters())
-    assert not built.blocks[0].attn.qkv.weight.grad.any() and not built.blocks[0].mlp.fc1.weight.grad.any()
+    assert not built.blocks[0].attn.qkv.weight.grad.any()
+    assert not built.blocks[0].mlp.fc1.weight.grad.any()
+
+
+def test_without_mask_or_local_crops_every_parameter_still_has_a_gradient():
+    built = model(untie_local_cls_norm=True).train()
+    flat(built.forward_packed([images(2, 3, 16, 16)])[0]).pow(3).mean().backward()
+    assert all(parameter.grad is not None for parameter in built.parameters())
 
 
 def test_unknown_checkpointing_and_foreign_draws_are_refused():
     built, crop = model(drop_path=0.5).train(), images(2, 3, 16, 16)
-    with pytest.raises(ValueError, match="checkpointing: expected one of none, selective, full"):
+    with pytest.raises(ValueError, match=r"checkpointing: expected one of none, selective, full"):
         built.forward_packed([crop], checkpointing="some")
-    arguments = dict(seed=0, step=0, indices=np.arange(3), first=0, batch_size=3)
-    with pytest.raises(ValueError, match="draws are for 2 crop groups, got 1"):
+    arguments = {"seed": 0, "step": 0, "indices": np.arange(3), "first": 0, "batch_size": 3}
+    with pytest.raises(ValueError, match=r"draws are for 2 crop groups, got 1"):
         built.forward_packed([crop], draws=training_draws(built.backbone, crops_per_image=(1, 1), **arguments))
-    with pytest.raises(ValueError, match="rope expects 2 rows for a crop group, got 3"):
+    with pytest.raises(ValueError, match=r"rope expects 2 rows for a crop group, got 3"):
         built.forward_packed([crop], draws=training_draws(built.backbone, crops_per_image=(1,), **arguments))
 
 
@@ -220,7 +230,8 @@ def test_bf16_autocast_stays_close():
         with torch.autocast("cpu", torch.bfloat16):
             found = flat(built.features(crop))
     assert found.dtype == torch.float32
-    assert (found - expected).abs().mean() < 2.0**-7 and (found - expected).abs().max() < 2.0**-3
+    assert (found - expected).abs().mean() < 2.0**-7
+    assert (found - expected).abs().max() < 2.0**-3
 
 
 def test_inference_mode_leaves_no_tensor_behind_that_training_trips_over():

@@ -84,7 +84,7 @@ def drop_path_phases(seed: int, step: int, group: int, branch: str, depth: int) 
 
 
 def systematic(positions: np.ndarray, share: float, phases: np.ndarray) -> np.ndarray:
-    """Systematic sampling: keep p iff floor((p + 1) q + phase) > floor(p q + phase); bool (len(phases), len(positions))."""
+    """Systematic sampling: keep p iff floor((p + 1) q + phase) > floor(p q + phase); bool (phases, positions)."""
     below = np.floor(positions * share + phases[:, None])
     return np.floor((positions + 1) * share + phases[:, None]) > below
 

@@ -6,6 +6,7 @@ Counted are matrix products, convolution and attention, a multiplication and an 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from dinov3_train.config import Backbone, Crops, Head, Masking
@@ -28,7 +29,7 @@ def backbone_parameters(backbone: Backbone) -> int:
 def head_parameters(dim: int, head: Head) -> int:
     """Parameters of a projection head on features of width `dim`."""
     widths = [dim, *[head.hidden] * (head.layers - 1), head.bottleneck]
-    return sum((a + 1) * b for a, b in zip(widths[:-1], widths[1:])) + head.bottleneck * head.prototypes
+    return sum((a + 1) * b for a, b in itertools.pairwise(widths)) + head.bottleneck * head.prototypes
 
 
 def tokens_of(backbone: Backbone, group: CropGroup) -> tuple[int, int]:
@@ -57,7 +58,7 @@ def backbone_flops(backbone: Backbone, groups: Sequence[CropGroup], *, backward:
 def head_flops(dim: int, head: Head, rows: int, *, backward: bool = False) -> float:
     """FLOPs of a projection head on `rows` features, forward, or forward and backward."""
     widths = [dim, *[head.hidden] * (head.layers - 1), head.bottleneck, head.prototypes]
-    return (3.0 if backward else 1.0) * 2 * rows * sum(a * b for a, b in zip(widths[:-1], widths[1:]))
+    return (3.0 if backward else 1.0) * 2 * rows * sum(a * b for a, b in itertools.pairwise(widths))
 
 
 def masked_patches(masking: Masking, crops: int, patches: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from dinov3_train.config import Head
 
 
 class ProjectionHead(nn.Module):
-    """prototypes(normalise(mlp(x))): linears with GELU between, L2 normalisation, a linear without bias or weight norm."""
+    """prototypes(normalise(mlp(x))): linears with GELU between, L2 normalisation, a linear without bias."""
 
     def __init__(self, dim: int, head: Head) -> None:
         """dim: width D of the features; head: hidden, bottleneck, prototypes, layers (>= 1)."""
@@ -18,7 +20,7 @@ class ProjectionHead(nn.Module):
             raise ValueError(f"head: layers expects at least 1, got {head.layers}")
         widths = [dim, *[head.hidden] * (head.layers - 1), head.bottleneck]
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(widths[:-1], widths[1:]):
+        for fan_in, fan_out in itertools.pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
         self.prototypes = nn.Linear(head.bottleneck, head.prototypes, bias=False)

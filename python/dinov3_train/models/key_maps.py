@@ -1,10 +1,11 @@
 """State dicts of a ViT in four dialects, both ways: ours, official, transformers (DINOv3ViTModel), timm (vit_*_dinov3).
 
-Ours is the official dialect without what is recomputed: `rope_embed.periods` and `qkv.bias_mask`. The others are reached
-through ours. Nothing is loaded half: a key no rule knows, a missing one or another shape ends in one error listing them.
+Ours is the official dialect without what is recomputed: `rope_embed.periods` and `qkv.bias_mask`. The others are
+reached through ours. Nothing is loaded half: a key no rule knows, a missing one or another shape ends in one error
+listing them.
 
-What a dialect cannot hold: transformers has no local CLS norm; timm has no mask token and no local CLS norm; neither has
-a K bias, and one that is not 0 is refused.
+What a dialect cannot hold: transformers has no local CLS norm; timm has no mask token and no local CLS norm; neither
+has a K bias, and one that is not 0 is refused.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def from_timm(state: Mapping[str, Tensor], *, qkv_bias: bool) -> State:
 
     Args:
         state: of a `vit_*_dinov3` or `vit_*_dinov3_qkvb` model.
-        qkv_bias: whether our model has a qkv bias; it is 0 where timm's has none. The mask token, which timm lacks, is 0.
+        qkv_bias: whether our model has a qkv bias, 0 where timm's has none. The mask token, which timm lacks, is 0.
 
     Errors: ValueError when timm's model has a bias and ours has not.
     """
@@ -196,7 +197,7 @@ def _bias_mask(bias: Tensor) -> Tensor:
 
 def _no_k_bias(key: str, tensor: Tensor, what: str) -> None:
     if key.endswith("bias") and bool(tensor.chunk(3)[1].any()):
-        raise ValueError(f"{what}: the K third of {key} is not zero, and the target has none; zero it if it is masked")
+        raise ValueError(f"{what}: the K third of {key} is not zero, and it has none there")
 
 
 def _known(state: Mapping[str, Tensor], what: str) -> State:

@@ -4,14 +4,14 @@ Weights, gradients and AdamW's two moments of the student and the EMA teacher's 
 (a Gram teacher 4 more). Activations are what backward reads, per token and block, in numbers of `a` activation bytes
 (2 under bf16 autocast) and 4 fp32 bytes:
 
-    none       4 (2 D) + a (D + 3 D + 2 D + D + D + f)    two residuals; norm1, qkv, rotated q and k, attention, norm2, FFN
-    selective  4 D + a (3 D + D + D + f')                 the block's input; qkv, attention, proj, first FFN product
-    full       4 D                                        the block's input
+    none       4 (2 D) + a (D + 3 D + 2 D + D + D + f)   residuals; norm1, qkv, rotated q k, attention, norm2, FFN
+    selective  4 D + a (3 D + D + D + f')                the block's input; qkv, attention, proj, first FFN
+    full       4 D                                       the block's input
 
-f = 2 F for an MLP (before and after GELU), 4 F for SwiGLU; f' = F or 2 F. With checkpointing one block's full activations
-are held on top while it is run again. Drop path keeps its share of a. The rest: the weights' copies in the activation
-type, the patch embedding, heads and their logits, and the images. Not counted: allocator fragmentation, CUDA's own
-context, communication buffers, and workspaces (about 10 % together; leave room).
+f = 2 F for an MLP (before and after GELU), 4 F for SwiGLU; f' = F or 2 F. With checkpointing one block's full
+activations are held on top while it is run again. Drop path keeps its share of a. The rest: the weights' copies in the
+activation type, the token embeddings, heads and their logits, and the images. Not counted: allocator fragmentation,
+CUDA's own context, communication buffers, and workspaces (about 10 % together; leave room).
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class VisionTransformer(nn.Module):
             masks: per crop group bool (S_g, N), True where the mask token stands for the patch, or None.
             draws: rotary augmentation and drop path of this step; None: neither.
             local: per crop group, whether it holds local crops (they may have a CLS norm of their own in training).
-            checkpointing: activation checkpointing, "none" | "selective" (keeps matrix products and attention) | "full".
+            checkpointing: activation checkpointing, "none" | "selective" (keeps matrix products, attention) | "full".
 
         Errors: ValueError for shapes, masks or draws that do not fit.
         """
@@ -172,8 +172,11 @@ class VisionTransformer(nn.Module):
 
     def _tokens(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
         """Token embeddings of all crop groups one after another: (tokens, D)."""
-        # the mask token stays in the graph when nothing is masked: every parameter gets a gradient on every rank
-        prefix = torch.cat((self.cls_token + 0.0 * self.mask_token, self.storage_tokens), dim=1)  # (1, 1 + R, D)
+        # nothing masked or no local crop: those parameters stay in the graph, so that each has a gradient on every rank
+        unused = 0.0 * self.mask_token
+        if self.local_cls_norm is not None and self.training:
+            unused = unused + 0.0 * (self.local_cls_norm.weight + self.local_cls_norm.bias)
+        prefix = torch.cat((self.cls_token + unused, self.storage_tokens), dim=1)  # (1, 1 + R, D)
         groups = []
         for images, mask in zip(crops, masks):
             patches = self.patch_embed(images)  # (S, N, D)
@@ -192,10 +195,9 @@ class VisionTransformer(nn.Module):
         """CLS and registers (S, 1 + R, D) of local crop groups through their own norm, while training."""
         if self.local_cls_norm is None or not self.training:
             return None
-        prefixes: list[Tensor | None] = []
-        for tokens, group, is_local in zip(_sequences(x, groups, 1 + self.registers), groups, local):
-            prefixes.append(self.local_cls_norm(tokens[:, : 1 + self.registers]) if is_local else None)
-        return prefixes
+        norm, length = self.local_cls_norm, 1 + self.registers
+        parts = _sequences(x, groups, length)
+        return [norm(part[:, :length]) if is_local else None for part, is_local in zip(parts, local)]
 
     def _split(self, x: Tensor, groups: tuple[CropGroup, ...], prefixes: list[Tensor | None] | None) -> list[Features]:
         """Features of each crop group from packed tokens (tokens, D)."""
