@@ -13,15 +13,16 @@ from rich.table import Table
 from . import words as word_options
 from .words import Option
 
+PLAIN = {"no_args_is_help": True, "rich_markup_mode": None}  # brackets in help texts are meant
 app = typer.Typer(
     name="dinov3",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="DINOv3 training on your own images: curate, pretrain, evaluate, look.",
+    help="DINOv3 training on your own images: pretrain, evaluate, look.",
+    **PLAIN,
 )
-evaluate_app = typer.Typer(no_args_is_help=True, help="Judge the features of a backbone.")
-visualize_app = typer.Typer(no_args_is_help=True, help="Pictures of patch features.")
+evaluate_app = typer.Typer(help="Judge the features of a backbone.", **PLAIN)
+visualize_app = typer.Typer(help="Pictures of patch features.", **PLAIN)
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(visualize_app, name="visualize")
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import CheckpointException
 
 from .distributed import barrier
 from .step import TrainState
@@ -51,13 +52,13 @@ class Checkpoints:
         barrier()
         try:
             _write(_entries(state) | {"config": config_yaml, "random": _random_state()}, partial)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # torch's own is no Exception
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
-            reason = _root(error)
+            free = shutil.disk_usage(self.folder).free / 2**20
             raise OSError(
-                f"checkpoint of step {state.step} could not be written to {self.folder}: {reason}. "
-                f"Newest complete checkpoint: {max(self.steps(), default='none')}"
+                f"checkpoint of step {state.step} could not be written to {self.folder}: {_root(error)}; {free:.0f} MiB free on "
+                f"that disk; newest complete checkpoint: {max(self.steps(), default='none')}"
             ) from error
         if first:
             shutil.rmtree(target, ignore_errors=True)
@@ -75,8 +76,15 @@ class Checkpoints:
         """
         target = self.path(step)
         entries = _entries(state) | {"config": "", "random": _random_state()}
-        _check_same_tensors(entries, target)
-        _read(entries, target)
+        try:
+            _check_same_tensors(entries, target)
+            _read(entries, target)
+        except ValueError:
+            raise
+        except (Exception, CheckpointException) as error:  # a damaged file makes torch raise many types
+            earlier = [self.path(other).name for other in self.steps() if other < step]
+            instead = f"delete it to continue from {earlier[-1]}" if earlier else "there is no earlier one"
+            raise ValueError(f"checkpoint {target} cannot be read ({_root(error)}); {instead}") from error
         state.step, state.skipped, state.images = entries["step"], entries["skipped"], entries["images"]
         torch.set_rng_state(entries["random"]["cpu"])
         if "cuda" in entries["random"]:
@@ -177,10 +185,14 @@ def _flat(entries: dict, prefix: str = "") -> list[tuple[str, object]]:
 
 
 def _root(error: BaseException) -> str:
-    """The reason under torch's wrapping of a failed write."""
-    text = str(error)
-    match = re.search(r"(No space left on device|File too large|Permission denied|Read-only file system|Disk quota exceeded)", text)
-    return match[1].lower() if match else text.strip().splitlines()[-1] if text.strip() else type(error).__name__
+    """The reason under torch's wrapping, one line."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    while not isinstance(error, OSError) and error.__context__ is not None:
+        error = error.__context__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _sync_folder(folder: Path) -> None:
