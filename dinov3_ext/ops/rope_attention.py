@@ -1,5 +1,6 @@
 """Attention over packed sequences of several lengths, with axial rotary position embedding."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -29,10 +30,14 @@ class Layout:
     groups: tuple[tuple[int, int], ...]
     token_rows: Tensor = field(init=False, repr=False)
     """int64 (tokens, 2): y-row and x-row of each token; -1 for a prefix token. On the device of `to`."""
+    rope_rows: int = field(init=False, repr=False)
+    """Rows that the rotary table must have at least."""
 
     def __post_init__(self) -> None:
         _check_layout(self.sequences, self.groups)
-        object.__setattr__(self, "token_rows", _token_rows(self.sequences))
+        token_rows = _token_rows(self.sequences)
+        object.__setattr__(self, "token_rows", token_rows)
+        object.__setattr__(self, "rope_rows", int(token_rows.max()) + 1 if len(token_rows) else 0)
 
     @classmethod
     def uniform(
@@ -90,9 +95,7 @@ class Layout:
         """The same layout with its per-token table on `device`."""
         if self.token_rows.device == torch.device(device):
             return self
-        moved = object.__new__(Layout)
-        object.__setattr__(moved, "sequences", self.sequences)
-        object.__setattr__(moved, "groups", self.groups)
+        moved = copy.copy(self)
         object.__setattr__(moved, "token_rows", self.token_rows.to(device, non_blocking=True))
         return moved
 
@@ -222,7 +225,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _rotate(qkv: Tensor, rope: Tensor, layout: Layout) -> Tensor:
     """All sequences at once: (tokens, 3, H, E) -> (tokens, 2, H, E)."""
-    still = torch.stack([torch.ones_like(rope[0, 0]), torch.zeros_like(rope[0, 0])])  # (2, E/4), row -1: prefix tokens
+    rope = rope.to(torch.promote_types(rope.dtype, qkv.dtype))  # fp32, or fp64 for fp64 qkv
+    still = torch.stack([rope.new_ones(rope.shape[2]), rope.new_zeros(rope.shape[2])])  # (2, E/4), row -1: prefix tokens
     rows = torch.cat([rope, still[None]])[layout.token_rows]  # (tokens, y|x, cos|sin, E/4)
     cos, sin = rows.transpose(1, 2).flatten(2).unbind(1)  # (tokens, E/2) each
     cos = torch.cat([cos, cos], -1)[:, None, None]  # (tokens, 1, 1, E)
@@ -293,6 +297,8 @@ def _check_inputs(op: str, qkv: Tensor, rope: Tensor, layout: Layout) -> None:
         )
     if rope.dtype is not torch.float32 and not (rope.dtype is torch.float64 and qkv.dtype is torch.float64):
         raise ValueError(f"{op}: rope must be float32 (float64 for a float64 qkv); got {rope.dtype}")
+    if rope.shape[0] < layout.rope_rows:
+        raise ValueError(f"{op}: rope must have at least {layout.rope_rows} rows for this layout; got {rope.shape[0]}")
     if layout.tokens != qkv.shape[0]:
         raise ValueError(f"{op}: layout must have as many tokens as qkv, {qkv.shape[0]}; got {layout.tokens}")
     if qkv.device != rope.device or qkv.device != layout.device:
@@ -307,7 +313,13 @@ def _explain_attention(device: torch.device, dtype: torch.dtype) -> Path:
     return Path(
         "rope_attention",
         "composition",
-        "rotated in PyTorch, then one scaled_dot_product_attention per crop group; no kernel of our own yet",
+        "rotated in PyTorch, then per crop group "
+        + (
+            f"plain products up to {CPU_PRODUCTS_TOKENS} tokens, scaled_dot_product_attention beyond"
+            if device.type == "cpu"
+            else "one scaled_dot_product_attention"
+        )
+        + "; no kernel of our own yet",
     )
 
 
