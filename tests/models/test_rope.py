@@ -81,3 +81,6 @@ def test_augmentation_order_and_ranges():
     only = coordinate_draw(replace(rope, shift=None, jitter=None), np.array([[0.1, 0.9, 0.2, 0.7, 0.75]]))
     assert not only.shift.any()
     assert torch.allclose(only.scale, torch.full((1, 2), 2.0**0.5))
+    for wrong, least in ((Rope(jitter=0.9), 1), (Rope(shift=-0.1), 0), (Rope(rescale=0.0), 1)):
+        with pytest.raises(ValueError, match=f"expects a number from {least}, got"):
+            coordinate_draw(wrong, low)

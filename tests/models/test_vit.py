@@ -234,6 +234,15 @@ def test_bf16_autocast_stays_close():
     assert (found - expected).abs().max() < 2.0**-3
 
 
+def test_weights_in_another_type_and_no_registers():
+    built = model(registers=0)
+    found = built.features(images(2, 3, 16, 16))
+    assert found.registers.shape == (2, 0, 64)
+    assert built.bfloat16().features(images(2, 3, 16, 16).bfloat16()).cls.dtype == torch.bfloat16
+    doubled = model(registers=0).double().features(images(2, 3, 16, 16).double())
+    assert (doubled.cls - found.cls).abs().max() < REORDERED
+
+
 def test_inference_mode_leaves_no_tensor_behind_that_training_trips_over():
     built, crop = model(), images(2, 3, 16, 56)
     with torch.inference_mode():

@@ -125,7 +125,13 @@ def _rope(
 
 
 def coordinate_draw(rope: Rope, uniform: np.ndarray) -> CoordinateDraw:
-    """Shift, then jitter, then rescale, from draws in [0, 1): float64 (n, 5) = shift y, x, jitter y, x, rescale."""
+    """Shift, then jitter, then rescale, from draws in [0, 1): float64 (n, 5) = shift y, x, jitter y, x, rescale.
+
+    Errors: ValueError for a jitter or rescale below 1 or a negative shift.
+    """
+    for name, value, least in (("shift", rope.shift, 0), ("jitter", rope.jitter, 1), ("rescale", rope.rescale, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"rope: {name} expects a number from {least}, got {value}")
     signed = 2.0 * uniform - 1.0
     shift = signed[:, 0:2] * (rope.shift or 0.0)
     logarithm = np.zeros_like(shift)
