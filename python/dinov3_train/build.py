@@ -227,10 +227,15 @@ def run_config(run: str | Path) -> Config:
 
 
 def check(config: Config, world_size: int = 1) -> None:
-    """Errors: ValueError for settings that cannot work together, before any work."""
-    run, crops, losses, patch = config.run, config.crops, config.losses, config.backbone.patch_size
+    """Errors: ValueError for settings that cannot work together or name no data, before any work."""
     if not config.data.sources:
         raise ValueError("data: expected a folder, file list, tar shards or torchvision:NAME, got nothing (data=PATH)")
+    check_settings(config, world_size)
+
+
+def check_settings(config: Config, world_size: int) -> None:
+    """Errors: ValueError for settings that cannot work together on so many ranks."""
+    run, crops, losses, patch = config.run, config.crops, config.losses, config.backbone.patch_size
     for key, size in (("crops.global_size", crops.global_size), ("crops.local_size", crops.local_size)):
         if size % patch or size < patch:
             low = max(size // patch, 1) * patch
@@ -291,6 +296,7 @@ def memory(config: Config, world_size: int = 1):
         images=config.run.batch_size // (world_size * config.run.accumulate),
         checkpointing=config.run.checkpointing,
         activation_bytes=2 if config.run.precision == "bf16" else 4,
+        masking=config.masking,
     )
 
 

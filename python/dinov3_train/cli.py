@@ -205,3 +205,7 @@ def _point(text: str) -> tuple[float, float]:
     if not (0.0 <= x <= 1.0 and 0.0 <= y <= 1.0):
         raise ValueError(text)
     return x, y
+
+
+if __name__ == "__main__":
+    main()

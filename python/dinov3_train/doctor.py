@@ -12,12 +12,7 @@ import dinov3_ext
 import torch
 
 OPTIONAL = {"wandb": "run.wandb", "torchvision": "augmentation and torchvision:NAME sources", "tensorboard": "run.tensorboard"}
-EXAMPLES = {  # a typical shape per op, to say which path it takes
-    "rope_attention": {"tokens": 261, "head_dim": 64},
-    "gram_loss": {"tokens": 256, "width": 1024},
-    "sinkhorn_knopp": {"rows": 128, "prototypes": 65536},
-    "assignment_cross_entropy": {"rows": 128, "prototypes": 65536},
-}
+OPS = ("rope_attention", "rope_rotate", "gram_loss", "sinkhorn_knopp", "assignment_cross_entropy")
 
 
 def lines() -> list[tuple[str, str]]:
@@ -32,7 +27,7 @@ def lines() -> list[tuple[str, str]]:
         ("shared memory", _shared_memory()),
     ]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found += [(f"op {op}", dinov3_ext.explain(op, device=device)) for op in EXAMPLES]
+    found += [(f"op {op}", str(dinov3_ext.explain(op, device=device))) for op in OPS]
     missing = [f"{name} (for {use})" for name, use in OPTIONAL.items() if importlib.util.find_spec(name) is None]
     return [*found, ("not installed", ", ".join(missing) or "nothing that is used")]
 

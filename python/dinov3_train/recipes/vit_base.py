@@ -1,4 +1,4 @@
-"""ViT-B/16 on one GPU of 80 GB: `vit_small`'s recipe with a larger backbone, a smaller batch and layer-wise decay.
+"""ViT-B/16 on one GPU of 48 GB: `vit_small`'s recipe with a larger backbone, a smaller batch and layer-wise decay.
 
 Not run by this project on a GPU yet, so no accuracy is promised here. Memory: `dinov3 plan recipe=vit_base`.
 

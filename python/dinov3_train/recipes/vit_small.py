@@ -22,7 +22,7 @@ def vit_small() -> Config:
         crops=Crops(global_size=224, local_size=96),
         losses=Losses(teacher_temperature=0.07, teacher_temperature_start=0.04, teacher_temperature_warmup=15_000),
         optimizer=Optimizer(
-            lr=5e-4,  # 1e-3 at batch 256
+            lr=5e-4,  # 7.1e-4 at batch 128
             warmup=5_000,
             weight_decay=0.04,
             layer_decay=1.0,
@@ -30,5 +30,5 @@ def vit_small() -> Config:
             momentum=0.996,
             freeze_prototypes=1_000,
         ),
-        run=Run(steps=200_000, batch_size=256, checkpoint_every=2_000, history_every=10_000),
+        run=Run(steps=200_000, batch_size=128, checkpoint_every=2_000, history_every=10_000),
     )

@@ -1,0 +1,59 @@
+"""`dinov3 plan`: memory of one rank and FLOPs of one step, counted from the config without building the model."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from .build import check_settings, memory
+from .config import Config
+from .models.flops import backbone_parameters, head_parameters, training_flops
+
+PARTS = {
+    "weights": "student, and its copies in the activation type",
+    "teachers": "EMA teacher",
+    "gradients": "",
+    "optimizer": "AdamW's two moments",
+    "activations": "of the backbone, kept for backward",
+    "heads": "their activations and logits",
+    "images": "crops of one micro-batch",
+}
+
+
+def plan_table(config: Config, ranks: int) -> Table:
+    """A table of parameters, memory by part, and FLOPs.
+
+    Errors: ValueError for settings that cannot work together.
+    """
+    if ranks < 1:
+        raise ValueError(f"plan: ranks expects at least 1, got {ranks}")
+    check_settings(config, ranks)
+    run, heads = config.run, (config.dino_head, config.ibot_head)
+    images = run.batch_size // (ranks * run.accumulate)
+    backbone = backbone_parameters(config.backbone)
+    both_heads = sum(head_parameters(config.backbone.embed_dim, head) for head in heads)
+    estimate = memory(config, ranks)
+    table = Table(title=f"{config.recipe}: {ranks} x {images} images, {run.accumulate} micro-batches", title_justify="left")
+    for name in ("", "value", "note"):
+        table.add_column(name, justify="right" if name == "value" else "left")
+    table.add_row("backbone", f"{backbone:,}", f"parameters of {config.backbone.name}/{config.backbone.patch_size}")
+    table.add_row("heads", f"{both_heads:,}", "parameters of the DINO and iBOT heads")
+    table.add_section()
+    for part, note in PARTS.items():
+        table.add_row(part, _gib(getattr(estimate, part)), note)
+    table.add_row("memory per GPU", _gib(estimate.total), "estimate; leave 10 % for allocator and workspaces")
+    table.add_section()
+    flops = training_flops(config.backbone, heads, config.crops, config.masking, images=images * run.accumulate)
+    for part, value in flops.items():
+        if value:
+            note = "per step and GPU" + (", recomputation not included" if part == "total" else "")
+            table.add_row(part, _tflop(value), note)
+    table.add_row("run", f"{flops['total'] * ranks * run.steps / 1e18:.3g} EFLOP", f"{run.steps:,} steps on all GPUs")
+    return table
+
+
+def _gib(value: int) -> str:
+    return f"{value / 2**30:.2f} GiB"
+
+
+def _tflop(value: float) -> str:
+    return f"{value / 1e12:.3g} TFLOP"
