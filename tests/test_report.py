@@ -3,6 +3,7 @@
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -43,7 +44,8 @@ def full_page() -> Page:
         .numbers([("0.91", "k-NN"), ("12", "images/s")])
         .curve({"loss": ([0, 1, 2], [3.0, 2.0, 1.5]), "ibot": ([0, 2], [1, 1])}, title="Loss", x_label="step", smooth=2)
         .picture(image, "a gradient")
-        .gallery([(image, 'one "quoted"'), (image, "two")], lossless=True)
+        .gallery([(image, 'one "quoted"'), (image, "two")])
+        .row([(image, "left"), (image, "right")])
         .table(["photograph", "licence"], [["cat", Link("CC0", "https://example.org/?a=1&b=2")]])
     )
 
@@ -53,7 +55,7 @@ def test_page_is_whole_ascii_and_alone(tmp_path):
     text = path.read_bytes().decode("ascii")
     document = Document(text)
     sources = [value for _, name, value in document.attributes if name in ("src", "srcset", "data")]
-    assert len(sources) == 3 and all(source.startswith("data:image/") for source in sources)
+    assert len(sources) == 5 and all(source.startswith("data:image/") for source in sources)
     assert not re.search(r"<(script|link|iframe)|@import|url\(", text)
     assert [value for _, name, value in document.attributes if name == "href"] == ["https://example.org/?a=1&b=2"]
     words = "".join(document.words)
@@ -108,7 +110,9 @@ def test_metrics_survive_a_cut_line_but_not_a_damaged_one(tmp_path):
         read_metrics(path)
 
 
-def test_lossless_pictures_are_exact():
-    image = Image.linear_gradient("L").convert("RGB")
-    assert data_uri(image, lossless=True).startswith("data:image/png;base64,")
-    assert data_uri(image).startswith("data:image/jpeg;base64,")
+def test_flat_maps_are_kept_exact_and_photographs_small():
+    patches = Image.effect_noise((16, 16), 80).convert("RGB").resize((256, 256), Image.Resampling.NEAREST)
+    assert data_uri(patches).startswith("data:image/png;base64,")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+    photograph = Image.fromarray(noise).resize((256, 256), Image.Resampling.BICUBIC)
+    assert data_uri(photograph).startswith("data:image/jpeg;base64,")

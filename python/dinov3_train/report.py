@@ -34,7 +34,8 @@ figure img, figure svg { display: block; width: 100%; height: auto; border-radiu
 figure.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1rem; }
 figcaption, .legend { color: var(--faint); font-size: .9rem; margin-top: .5rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--wide)), 1fr)); gap: 1.25rem; }
-.gallery figure { margin: 0; }
+.row { display: grid; grid-template-columns: repeat(var(--count), 1fr); gap: .6rem; margin: 1.25rem 0; }
+.row figure, .gallery figure { margin: 0; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 1rem; margin: 1.5rem 0; }
 .numbers div { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1rem; }
 .numbers b { display: block; font-size: 1.9rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
@@ -52,7 +53,7 @@ svg .raw { fill: none; stroke-width: 1; opacity: .3; }
 .legend span { display: inline-block; margin-right: 1.25rem; }
 .legend svg { display: inline-block; width: 2rem; height: .7rem; vertical-align: middle; margin-right: .4rem; }
 @media print { body { background: #fff; font-size: 11pt; } main { max-width: none; padding: 0; }
-  figure, .numbers, tr { break-inside: avoid; } h2 { break-after: avoid; } }
+  figure, .row, .numbers, tr { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 DASHES = ("", "9 5", "2 5", "12 4 2 4", "5 3", "1 4")  # curves differ without colour too
 COLORS = 6
@@ -89,14 +90,20 @@ class Page:
         self._parts.append(f'<div class="numbers">{cells}</div>')
         return self
 
-    def picture(self, image: Image.Image, caption: str, *, lossless: bool = False) -> Page:
+    def picture(self, image: Image.Image, caption: str) -> Page:
         """One picture over the whole width."""
-        self._parts.append(_figure(image, caption, lossless))
+        self._parts.append(_figure(image, caption))
         return self
 
-    def gallery(self, entries: Sequence[tuple[Image.Image, str]], *, width: int = 320, lossless: bool = False) -> Page:
+    def row(self, entries: Sequence[tuple[Image.Image, str]]) -> Page:
+        """Pictures that belong together, side by side on every screen, each with its caption."""
+        figures = "".join(_figure(image, caption) for image, caption in entries)
+        self._parts.append(f'<div class="row" style="--count: {len(entries)}">{figures}</div>')
+        return self
+
+    def gallery(self, entries: Sequence[tuple[Image.Image, str]], *, width: int = 320) -> Page:
         """Pictures with captions, as many side by side as fit at no less than `width` pixels each."""
-        figures = "".join(_figure(image, caption, lossless) for image, caption in entries)
+        figures = "".join(_figure(image, caption) for image, caption in entries)
         self._parts.append(f'<div class="gallery" style="--wide: {width}px">{figures}</div>')
         return self
 
@@ -256,10 +263,9 @@ def _dash(number: int) -> str:
     return DASHES[number % len(DASHES)]
 
 
-def _figure(image: Image.Image, caption: str, lossless: bool) -> str:
+def _figure(image: Image.Image, caption: str) -> str:
     size = f'width="{image.width}" height="{image.height}"'
-    source = data_uri(image, lossless)
-    return f'<figure><img src="{source}" {size} alt="{escape(caption)}">{_caption(caption)}</figure>'
+    return f'<figure><img src="{data_uri(image)}" {size} alt="{escape(caption)}">{_caption(caption)}</figure>'
 
 
 def _caption(caption: str) -> str:
@@ -270,12 +276,10 @@ def _cell(cell: str | Link) -> str:
     return f'<a href="{escape(cell.url)}">{escape(cell.text)}</a>' if isinstance(cell, Link) else escape(cell)
 
 
-def data_uri(image: Image.Image, lossless: bool = False) -> str:
-    """The picture as a data URI: PNG when lossless, else JPEG of quality 90 without chroma subsampling."""
-    buffer = io.BytesIO()
-    if lossless:
-        image.save(buffer, "png", optimize=True)
-    else:
-        image.convert("RGB").save(buffer, "jpeg", quality=90, subsampling=0, optimize=True)
-    kind = "png" if lossless else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+def data_uri(image: Image.Image) -> str:
+    """The picture as a data URI: PNG, or JPEG of quality 90 without chroma subsampling where that halves it at least."""
+    png, jpeg = io.BytesIO(), io.BytesIO()
+    image.save(png, "png", optimize=True)
+    image.convert("RGB").save(jpeg, "jpeg", quality=90, subsampling=0, optimize=True)
+    kind, data = ("jpeg", jpeg) if 2 * jpeg.tell() < png.tell() else ("png", png)  # maps of patches stay exact
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
