@@ -1,11 +1,10 @@
-"""From a `Config` to the objects of a run: the only module that reads it.
+"""From a `Config` to the objects of a run; with `validation` and `planning` the only module that reads it.
 
 `pretrain(config, out)` is `dinov3 pretrain` from Python; `load(run)` gives the backbone a run has trained.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from rich.console import Console
 
 from . import schedule
-from .config import Config, from_yaml, leaves, to_dict, to_yaml
+from .config import Config, from_yaml, to_yaml
 from .data.batch import CropBatch
 from .data.loader import UnreadableCount, make_loader
 from .data.sampler import BatchPlan
@@ -24,7 +23,6 @@ from .evaluation.knn import evaluate_knn
 from .evaluation.view import View
 from .losses import DinoLoss, IbotLoss, KoLeoLoss, Term
 from .models.heads import ProjectionHead
-from .models.memory import training_memory
 from .models.vit import VisionTransformer
 from .train.checkpoint import checkpoint_config, load_teacher, saved_steps
 from .train.distributed import Ranks, ranks, replicated
@@ -34,24 +32,7 @@ from .train.optimizer import adamw
 from .train.progress import ProgressLine
 from .train.run_folder import RunFolder
 from .train.step import StepSettings, StepValues, TrainState
-
-# what may differ between a run and its continuation without making it another run
-FREE_ON_RESUME = (
-    "run.steps",
-    "run.minutes",
-    "run.checkpoint_every",
-    "run.keep",
-    "run.history_every",
-    "run.log_every",
-    "run.evaluate_every",
-    "run.max_skipped",
-    "run.tensorboard",
-    "run.wandb",
-    "data.workers",
-    "data.labelled",
-    "data.max_unreadable",
-    "recipe",
-)
+from .validation import check, check_memory, check_same_run
 
 
 @dataclass(frozen=True)
@@ -78,11 +59,12 @@ def pretrain(config: Config, out: str | Path, *, console: Console | None = None)
     with ranks() as here:
         check(config, here.world_size)
         folder.check()
-        _check_same_run(config, folder)
+        if folder.newest_step() is not None:
+            check_same_run(config, run_config(folder.path), str(folder.path))
         console = console if here.first and console is not None else Console(quiet=not here.first)
         source = open_source(list(config.data.sources))
         labelled = [open_source(spec) for spec in config.data.labelled] if here.first else []
-        check_memory(config, here)
+        check_memory(config, here.device, here.world_size)
         state = new_state(config, here)
         step = folder.newest_step()
         if step is not None:
@@ -159,7 +141,9 @@ def step_values(config: Config, step: int) -> StepValues:
 
     peak, end = scaled(rules.lr), scaled(rules.lr_end or 0.0)
     if rules.cooldown:
-        rate = schedule.warmup_cooldown(step, peak=peak, end=end, warmup=rules.warmup, cooldown=rules.cooldown, steps=steps)
+        rate = schedule.warmup_cooldown(
+            step, peak=peak, end=end, warmup=rules.warmup, cooldown=rules.cooldown, steps=steps
+        )
     elif rules.lr_end is not None:
         rate = schedule.warmup_cosine(step, peak=peak, end=end, warmup=rules.warmup, steps=steps)
     else:
@@ -226,80 +210,6 @@ def run_config(run: str | Path) -> Config:
     return from_yaml(folder.config.read_text())
 
 
-def check(config: Config, world_size: int = 1) -> None:
-    """Errors: ValueError for settings that cannot work together or name no data, before any work."""
-    if not config.data.sources:
-        raise ValueError("data: expected a folder, file list, tar shards or torchvision:NAME, got nothing (data=PATH)")
-    check_settings(config, world_size)
-
-
-def check_settings(config: Config, world_size: int) -> None:
-    """Errors: ValueError for settings that cannot work together on so many ranks."""
-    run, crops, losses, patch = config.run, config.crops, config.losses, config.backbone.patch_size
-    for key, size in (("crops.global_size", crops.global_size), ("crops.local_size", crops.local_size)):
-        if size % patch or size < patch:
-            low = max(size // patch, 1) * patch
-            raise ValueError(f"{key}: expected a multiple of the patch size {patch}, got {size}; nearest: {low}, {low + patch}")
-    parts = world_size * run.accumulate
-    if run.batch_size < 1 or run.accumulate < 1 or run.batch_size % parts:
-        raise ValueError(
-            f"run.batch_size: expected a multiple of {world_size} ranks * {run.accumulate} micro-batches, got {run.batch_size}"
-        )
-    images = run.batch_size // parts
-    group = images if losses.koleo_group is None else losses.koleo_group
-    if losses.koleo and (group < 2 or (images % group and (run.batch_size // run.accumulate) % group)):
-        raise ValueError(
-            f"losses.koleo_group: expected at least 2 images that divide the batch of {images} per rank "
-            f"(or {run.batch_size // run.accumulate} over all ranks), got {group}; or set losses.koleo=0"
-        )
-    for key, head in (("dino_head", config.dino_head), ("ibot_head", config.ibot_head)):
-        if head.prototypes < 2:
-            raise ValueError(f"{key}.prototypes: expected at least 2, got {head.prototypes}")
-    allowed = {
-        "run.precision": (run.precision, ("bf16", "fp32")),
-        "run.checkpointing": (run.checkpointing, ("none", "selective", "full")),
-        "crops.blur": (crops.blur, ("paper", "released")),
-        "backbone.rope.draw": (config.backbone.rope.draw, ("sequence", "block")),
-    }
-    for key, (value, choices) in allowed.items():
-        if value not in choices:
-            raise ValueError(f"{key}: expected one of {', '.join(choices)}, got {value!r}")
-    for key, value in (("run.steps", run.steps), ("run.checkpoint_every", run.checkpoint_every), ("run.log_every", run.log_every)):
-        if value < 1:
-            raise ValueError(f"{key}: expected at least 1, got {value}")
-    if not 0.0 <= config.backbone.drop_path < 1.0:
-        raise ValueError(f"backbone.drop_path: expected a rate in [0, 1), got {config.backbone.drop_path}")
-    if len(config.data.labelled) not in (0, 2):
-        raise ValueError(f"data.labelled: expected two sources, train and test, got {len(config.data.labelled)}")
-
-
-def check_memory(config: Config, here: Ranks) -> None:
-    """Errors: ValueError when the estimate of `dinov3 plan` does not fit the device."""
-    if here.device.type == "cuda":
-        available, where = torch.cuda.mem_get_info(here.device)[0], torch.cuda.get_device_name(here.device)
-    else:
-        available, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
-    needed = memory(config, here.world_size).total
-    if needed > available:
-        raise ValueError(
-            f"run: this recipe needs about {needed / 2**30:.1f} GiB and {where} has {available / 2**30:.1f} GiB; "
-            "lower run.batch_size, raise run.accumulate, or set run.checkpointing=full (see dinov3 plan)"
-        )
-
-
-def memory(config: Config, world_size: int = 1):
-    """The memory estimate of one rank; see `models.memory`."""
-    return training_memory(
-        config.backbone,
-        (config.dino_head, config.ibot_head),
-        config.crops,
-        images=config.run.batch_size // (world_size * config.run.accumulate),
-        checkpointing=config.run.checkpointing,
-        activation_bytes=2 if config.run.precision == "bf16" else 4,
-        masking=config.masking,
-    )
-
-
 def _batches(config: Config, source: Source, here: Ranks, start_step: int) -> Iterator[CropBatch]:
     run = config.run
     plan = BatchPlan(
@@ -330,7 +240,9 @@ def _unreadable(images: int, limit: float, progress: ProgressLine) -> Callable[[
 
 def _evaluation(config: Config, labelled: list[Source]) -> Callable[[TrainState], dict[str, float]]:
     def evaluate(state: TrainState) -> dict[str, float]:
-        train, test = (extract(state.teacher.backbone, source, view(config), precision=config.run.precision) for source in labelled)
+        train, test = (
+            extract(state.teacher.backbone, source, view(config), precision=config.run.precision) for source in labelled
+        )
         score = evaluate_knn(train, test, k=(10,)).best
         return {"knn": score.accuracy, "knn_mean_per_class": score.mean_per_class}
 
@@ -342,51 +254,38 @@ def view(config: Config, size: int | None = None) -> View:
     return View(size=size or config.crops.global_size, mean=config.crops.mean, std=config.crops.std)
 
 
-def _check_same_run(config: Config, folder: RunFolder) -> None:
-    """Errors: ValueError naming each key in which a run that has checkpoints differs from what is asked for."""
-    if folder.newest_step() is None:
-        return
-    old, new = _dotted(run_config(folder.path)), _dotted(config)
-    changed = [f"{k}: {old[k]!r} there, {new[k]!r} asked" for k in new if old[k] != new[k] and k not in FREE_ON_RESUME]
-    if changed:
-        raise ValueError(
-            f"out: {folder.path} is a run with other settings, so it cannot be continued with these "
-            f"({'; '.join(changed[:4])}{'; ...' if len(changed) > 4 else ''}); choose another out="
-        )
-
-
-def _dotted(config: Config) -> dict[str, object]:
-    values = {}
-    for key in leaves():
-        value = to_dict(config)
-        for part in key.split("."):
-            value = value[part]
-        values[key] = value
-    return values
-
-
 def _checkpoint_of(run: Path, step: int | None) -> Path | None:
     steps = saved_steps(run / "checkpoints")
     if step == 0:
         return None
     if step is not None and step not in steps:
-        raise ValueError(f"{run}: no checkpoint of step {step}; there are {steps or 'none'}, and 0 is the untrained start")
+        raise ValueError(
+            f"{run}: no checkpoint of step {step}; there are {steps or 'none'}, and 0 is the untrained start"
+        )
     if not steps:
         raise ValueError(f"{run}: the run has no checkpoint yet; step=0 gives its untrained start")
     return run / "checkpoints" / f"step_{step or steps[-1]:08d}"
 
 
-def _say_start(console: Console, config: Config, source: Source, here: Ranks, folder: RunFolder, step: int | None) -> None:
+def _say_start(
+    console: Console, config: Config, source: Source, here: Ranks, folder: RunFolder, step: int | None
+) -> None:
     run = config.run
     start = "from scratch" if step is None else f"continuing at step {step}"
     console.print(
-        f"{config.recipe or 'run'}: {config.backbone.name}/{config.backbone.patch_size}, {len(source)} images, batch {run.batch_size} "
-        f"on {here.world_size} x {here.device}, {run.precision}, {start}, into {folder.path}",
+        f"{config.recipe or 'run'}: {config.backbone.name}/{config.backbone.patch_size}, {len(source)} images, "
+        f"batch {run.batch_size} on {here.world_size} x {here.device}, {run.precision}, {start}, into {folder.path}",
         highlight=False,
         soft_wrap=True,
     )
     if len(source) < run.batch_size:
-        console.print(f"note: {len(source)} images are fewer than a batch of {run.batch_size}, so a step sees some of them twice", highlight=False)
+        console.print(
+            f"note: {len(source)} images are fewer than a batch of {run.batch_size}, so a step sees some of them twice",
+            highlight=False,
+        )
     if run.accumulate > 1:
         seen = run.batch_size // run.accumulate
-        console.print(f"note: run.accumulate={run.accumulate}: Sinkhorn-Knopp and KoLeo see one micro-batch of {seen} images", highlight=False)
+        console.print(
+            f"note: run.accumulate={run.accumulate}: Sinkhorn-Knopp and KoLeo see one micro-batch of {seen} images",
+            highlight=False,
+        )

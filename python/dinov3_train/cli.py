@@ -124,7 +124,7 @@ def doctor() -> None:
 
 @evaluate_app.command("knn")
 def evaluate_knn(words: Words = None) -> None:
-    """k-NN on labelled sources: backbone=RUN train=PATH test=PATH [k=10] [size=PIXELS] [pooling=cls] [out=FILE.json]."""
+    """k-NN on labelled sources: backbone=RUN train=PATH test=PATH [k=10] [size=N] [pooling=cls] [out=FILE.json]."""
     from .commands import evaluate_knn as run
 
     options = BACKBONE | {
@@ -166,10 +166,12 @@ def visualize_pca(words: Words = None) -> None:
 
 @visualize_app.command("cosine")
 def visualize_cosine(words: Words = None) -> None:
-    """Similarity of one patch to all others: backbone=RUN data=PATH out=FILE.png [images=8] [size=PIXELS] [point=0.5,0.5]."""
+    """Similarity of one patch to all others: backbone=RUN data=PATH out=FILE.png [images=8] [size=N] [point=X,Y]."""
     from .commands import visualize_cosine as run
 
-    options = _picture_options() | {"point": Option(_point, default=(0.5, 0.5), help="x,y as shares of width and height")}
+    options = _picture_options() | {
+        "point": Option(_point, default=(0.5, 0.5), help="x,y as shares of width and height")
+    }
     values, _ = word_options.read("visualize cosine", words or [], options)
     run(**values)
 
@@ -179,10 +181,13 @@ def demo(
     words: Words = None,
     quick: Annotated[bool, typer.Option("--quick", help="Under 90 seconds on two cores.")] = False,
 ) -> None:
-    """Pretrain on photographs that come with scikit-image and scikit-learn, and write a page of pictures: [out=FOLDER] [seed=0]."""
+    """Pretrain on the photographs of scikit-image and scikit-learn and write a page of pictures: [out=FOLDER] [seed=0]."""
     from .demo import run_demo
 
-    options = {"out": Option(Path, default=Path("dinov3-demo"), help="FOLDER"), "seed": Option(int, default=0, help="seed")}
+    options = {
+        "out": Option(Path, default=Path("dinov3-demo"), help="FOLDER"),
+        "seed": Option(int, default=0, help="seed"),
+    }
     values, _ = word_options.read("demo", words or [], options)
     run_demo(values["out"], quick=quick, seed=values["seed"])
 

@@ -35,7 +35,10 @@ def evaluate_knn(
     result = knn(*(_extracted(model, spec, seen_as, pooling) for spec in (train, test)), k=k, temperature=temperature)
     for score in result.scores:
         print(f"k={score.k}: accuracy {score.accuracy:.4f}, mean per class {score.mean_per_class:.4f}")
-    print(f"{result.train_images} training and {result.test_images} test images, {result.classes} classes, {seen_as.size} px, {pooling}")
+    print(
+        f"{result.train_images} training and {result.test_images} test images, {result.classes} classes, "
+        f"{seen_as.size} px, {pooling}"
+    )
     if out is not None:
         print(f"wrote {result.write(out)}")
 
@@ -44,7 +47,10 @@ def features(*, backbone: str, step: int | None, data: str, out: Path, size: int
     """Write the features of every image."""
     model, seen_as = _backbone(backbone, step, size)
     found = _extracted(model, data, seen_as, pooling)
-    print(f"wrote {save_features(found, out)}: {found.features.shape[0]} x {found.features.shape[1]}, {seen_as.size} px, {pooling}")
+    print(
+        f"wrote {save_features(found, out)}: {found.features.shape[0]} x {found.features.shape[1]}, "
+        f"{seen_as.size} px, {pooling}"
+    )
 
 
 def visualize_pca(*, backbone: str, step: int | None, data: str, out: Path, images: int, size: int | None) -> None:
@@ -102,7 +108,10 @@ def _backbone(run: str, step: int | None, size: int | None):
     seen_as = view(run_config(_run_of(run)), size)
     if seen_as.size % model.patch_size:
         low = max(seen_as.size // model.patch_size, 1) * model.patch_size
-        raise ValueError(f"size: expected a multiple of the patch size {model.patch_size}, got {seen_as.size}; nearest: {low}, {low + model.patch_size}")
+        raise ValueError(
+            f"size: expected a multiple of the patch size {model.patch_size}, got {seen_as.size}; "
+            f"nearest: {low}, {low + model.patch_size}"
+        )
     return model, seen_as
 
 
@@ -116,4 +125,6 @@ def _extracted(model: torch.nn.Module, spec: str, seen_as: View, pooling: str) -
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(Path(spec).name, total=len(source))
-        return extract(model, source, seen_as, pooling=pooling, progress=lambda done, _: progress.update(task, completed=done))
+        return extract(
+            model, source, seen_as, pooling=pooling, progress=lambda done, _: progress.update(task, completed=done)
+        )

@@ -8,10 +8,15 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 
-import dinov3_ext
 import torch
 
-OPTIONAL = {"wandb": "run.wandb", "torchvision": "augmentation and torchvision:NAME sources", "tensorboard": "run.tensorboard"}
+import dinov3_ext
+
+OPTIONAL = {
+    "wandb": "run.wandb",
+    "torchvision": "augmentation and torchvision:NAME sources",
+    "tensorboard": "run.tensorboard",
+}
 OPS = ("rope_attention", "rope_rotate", "gram_loss", "sinkhorn_knopp", "assignment_cross_entropy")
 
 
@@ -40,7 +45,16 @@ def _version(distribution: str) -> str:
 
 
 def _native() -> str:
-    return ", ".join(f"{key} {value}" for key, value in dinov3_ext.build_info().items())
+    info = dinov3_ext.build_info()
+    if info["problem"]:
+        return info["problem"]
+    cuda = (
+        f"CUDA kernels for sm_{info['cuda_architectures'].replace(';', ', sm_')}"
+        if info["cuda_architectures"]
+        else "no CUDA kernels"
+    )
+    built = f"built by {info['compiler']} with torch {info['torch_headers']} headers"
+    return f"CPU kernels ({info['cpu_variant']}), {cuda}, {built}"
 
 
 def _device() -> str:
@@ -53,4 +67,8 @@ def _device() -> str:
 
 def _shared_memory() -> str:
     path = "/dev/shm"
-    return f"{shutil.disk_usage(path).free / 2**30:.1f} GiB free for loader workers" if os.path.isdir(path) else "no /dev/shm"
+    return (
+        f"{shutil.disk_usage(path).free / 2**30:.1f} GiB free for loader workers"
+        if os.path.isdir(path)
+        else "no /dev/shm"
+    )

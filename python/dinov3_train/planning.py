@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from .build import check_settings, memory
 from .config import Config
 from .models.flops import backbone_parameters, head_parameters, training_flops
+from .validation import check_settings, memory
 
 PARTS = {
     "weights": "student, and its copies in the activation type",
@@ -32,22 +32,26 @@ def plan_table(config: Config, ranks: int) -> Table:
     backbone = backbone_parameters(config.backbone)
     both_heads = sum(head_parameters(config.backbone.embed_dim, head) for head in heads)
     estimate = memory(config, ranks)
-    table = Table(title=f"{config.recipe}: {ranks} x {images} images, {run.accumulate} micro-batches", title_justify="left")
+    table = Table(
+        title=f"{config.recipe}: {ranks} x {images} images, {run.accumulate} micro-batches", title_justify="left"
+    )
     for name in ("", "value", "note"):
         table.add_column(name, justify="right" if name == "value" else "left")
     table.add_row("backbone", f"{backbone:,}", f"parameters of {config.backbone.name}/{config.backbone.patch_size}")
-    table.add_row("heads", f"{both_heads:,}", "parameters of the DINO and iBOT heads")
+    table.add_row("both heads", f"{both_heads:,}", "parameters, DINO and iBOT")
     table.add_section()
     for part, note in PARTS.items():
-        table.add_row(part, _gib(getattr(estimate, part)), note)
-    table.add_row("memory per GPU", _gib(estimate.total), "estimate; leave 10 % for allocator and workspaces")
+        table.add_row(f"memory: {part}", _gib(getattr(estimate, part)), note)
+    table.add_row("memory: total", _gib(estimate.total), "estimate; leave 10 % for allocator and workspaces")
     table.add_section()
     flops = training_flops(config.backbone, heads, config.crops, config.masking, images=images * run.accumulate)
     for part, value in flops.items():
         if value:
             note = "per step and GPU" + (", recomputation not included" if part == "total" else "")
-            table.add_row(part, _tflop(value), note)
-    table.add_row("run", f"{flops['total'] * ranks * run.steps / 1e18:.3g} EFLOP", f"{run.steps:,} steps on all GPUs")
+            table.add_row(f"FLOPs: {part}", _tflop(value), note)
+    table.add_row(
+        "FLOPs: run", f"{flops['total'] * ranks * run.steps / 1e18:.3g} EFLOP", f"{run.steps:,} steps on all GPUs"
+    )
     return table
 
 

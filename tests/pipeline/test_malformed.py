@@ -154,7 +154,9 @@ def test_damaged_checkpoint(pretrain, finished_run, tmp_path):
     assert "step_00000005" in error  # what there is to fall back to
 
 
-def test_full_disk_while_saving_keeps_the_earlier_checkpoint(start_dinov3, recipe_file, image_folder, finished_run, tmp_path):
+def test_full_disk_while_saving_keeps_the_earlier_checkpoint(
+    start_dinov3, recipe_file, image_folder, finished_run, tmp_path
+):
     import resource
 
     out = tmp_path / "run"
@@ -204,7 +206,9 @@ def test_knn(dinov3, finished_run, image_folder, words, parts):
 
 
 def test_picture_of_another_suffix(dinov3, finished_run, image_folder, tmp_path):
-    status, _, error = dinov3("visualize", "pca", f"backbone={finished_run}", f"data={image_folder}", f"out={tmp_path}/a.txt")
+    status, _, error = dinov3(
+        "visualize", "pca", f"backbone={finished_run}", f"data={image_folder}", f"out={tmp_path}/a.txt"
+    )
     assert status == 2
     assert ".png" in error
 
@@ -213,5 +217,3 @@ def test_features_suffix(dinov3, finished_run, image_folder, tmp_path):
     status, _, error = dinov3("features", f"backbone={finished_run}", f"data={image_folder}", f"out={tmp_path}/a.csv")
     assert status == 2
     assert ".safetensors" in error
-
-

@@ -83,7 +83,9 @@ def test_sigterm_saves_and_the_same_command_continues(uninterrupted, start_dinov
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_loader_workers_do_not_change_the_weights(uninterrupted, start_dinov3, recipe_file, image_folder, tmp_path, workers):
+def test_loader_workers_do_not_change_the_weights(
+    uninterrupted, start_dinov3, recipe_file, image_folder, tmp_path, workers
+):
     out = tmp_path / "run"
     process = start_dinov3(*_words(recipe_file, image_folder, out, f"data.workers={workers}"))
     text, _ = process.communicate(timeout=300)

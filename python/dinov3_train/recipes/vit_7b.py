@@ -18,7 +18,9 @@ def vit_7b() -> Config:
         dino_head=Head(hidden=8192, bottleneck=512, prototypes=262_144),
         ibot_head=Head(hidden=4096, bottleneck=384, prototypes=98_304),
         crops=Crops(global_size=256, local_size=112, horizontal_flip=0.0),
-        losses=Losses(koleo_group=16, teacher_temperature=0.07, teacher_temperature_start=0.04, teacher_temperature_warmup=100_000),
+        losses=Losses(
+            koleo_group=16, teacher_temperature=0.07, teacher_temperature_start=0.04, teacher_temperature_warmup=100_000
+        ),
         optimizer=Optimizer(
             lr=5e-5,  # 4.0e-4 at batch 4096
             warmup=100_000,

@@ -1,4 +1,4 @@
-"""ViT-L/16 on one GPU of 40 GB: `vit_small`'s recipe with a larger backbone, a smaller batch and selective checkpointing.
+"""ViT-L/16 on one GPU of 40 GB: `vit_small`'s recipe with a larger backbone and selective checkpointing.
 
 Not run by this project on a GPU yet, so no accuracy is promised here. Memory: `dinov3 plan recipe=vit_large`.
 

@@ -1,9 +1,10 @@
-"""ViT-L/16 on ImageNet-1k: the one public end-to-end recipe of DINOv3, 82.0 to 82.2 k-NN and 83.3 to 83.5 linear.
+r"""ViT-L/16 on ImageNet-1k: the one public end-to-end recipe of DINOv3, 82.0 to 82.2 k-NN and 83.3 to 83.5 linear.
 
 Source: the published ImageNet-1k recipe (spec 4.4, 5 and 13.11). Hardware there: 32 H100, about 14 hours.
 Not run by this project yet; the numbers above are the original's.
 
-    torchrun --nnodes=4 --nproc-per-node=8 --no-python dinov3 pretrain recipe=vit_large_in1k data=/data/imagenet/train out=runs/vit_large_in1k
+    torchrun --nnodes=4 --nproc-per-node=8 --no-python dinov3 pretrain recipe=vit_large_in1k \
+        data=/data/imagenet/train out=runs/vit_large_in1k
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state of a run, written aside and renamed, so that a run killed at any moment resumes bit for bit.
+"""Checkpoints: the whole state of a run, written aside and renamed, so that a killed run resumes bit for bit.
 
 `RUN/checkpoints/step_00001000/` is a torch.distributed.checkpoint folder with weights, EMA, optimiser, counters, random
 states and the effective config. `RUN/history/step_....safetensors` is the thin history: teacher backbones only.
@@ -57,8 +57,8 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(self.folder).free / 2**20
             raise OSError(
-                f"checkpoint of step {state.step} could not be written to {self.folder}: {_root(error)}; {free:.0f} MiB free on "
-                f"that disk; newest complete checkpoint: {max(self.steps(), default='none')}"
+                f"checkpoint of step {state.step} could not be written to {self.folder}: {_root(error)}; "
+                f"{free:.0f} MiB free on that disk; newest complete checkpoint: {max(self.steps(), default='none')}"
             ) from error
         if first:
             shutil.rmtree(target, ignore_errors=True)
@@ -117,13 +117,15 @@ def save_history(folder: Path, state: TrainState) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step_{state.step:08d}.safetensors"
     partial = target.with_suffix(".partial")
-    save_file({k: v.contiguous() for k, v in state.teacher.backbone.state_dict().items()}, partial, {"step": str(state.step)})
+    save_file(
+        {k: v.contiguous() for k, v in state.teacher.backbone.state_dict().items()}, partial, {"step": str(state.step)}
+    )
     os.replace(partial, target)
     return target
 
 
 def _entries(state: TrainState) -> dict:
-    """The state as nested dictionaries; optimiser moments under parameter names, so groups may change between versions."""
+    """The state as nested dictionaries; optimiser moments under parameter names, so that groups may change."""
     moments = {}
     for name, parameter in state.student.named_parameters():
         if parameter in state.optimizer.state:
@@ -170,10 +172,18 @@ def _check_same_tensors(entries: dict, path: Path, complete: bool = True) -> Non
     wanted = {name: shape for name, shape in wanted.items() if not name.startswith("random.")}
     saved = {name: shape for name, shape in saved.items() if not name.startswith("random.")}
     missing, unexpected = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
-    reshaped = [f"{n}: run {wanted[n]}, checkpoint {saved[n]}" for n in sorted(wanted.keys() & saved.keys()) if wanted[n] != saved[n]]
+    reshaped = [
+        f"{n}: run {wanted[n]}, checkpoint {saved[n]}"
+        for n in sorted(wanted.keys() & saved.keys())
+        if wanted[n] != saved[n]
+    ]
     if missing or unexpected or reshaped:
         lists = [("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)]
-        detail = "; ".join(f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for kind, names in lists if names)
+        detail = "; ".join(
+            f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for kind, names in lists
+            if names
+        )
         raise ValueError(f"checkpoint {path} is of another architecture: {detail}")
 
 

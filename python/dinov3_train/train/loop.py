@@ -1,4 +1,4 @@
-"""The loop around `train_step`: batches in, metrics and checkpoints out, until the last step, the time limit or a signal."""
+"""The loop around `train_step`: batches in, metrics and checkpoints out, until the last step, a limit or a signal."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def fit(
             clock.steps += 1
             progress.step(state.step)
             if not report.finite:
-                progress.say(f"step {state.step - 1}: loss or gradient not finite, step skipped ({state.skipped} in a row)")
+                progress.say(
+                    f"step {state.step - 1}: loss or gradient not finite, step skipped ({state.skipped} in a row)"
+                )
             if state.step % run.log_every == 0 or state.step == run.steps:
                 _log(state, report, values, ranks=ranks, log=log, clock=clock, run=run, progress=progress)
             if run.evaluate_every and state.step % run.evaluate_every == 0 and watchers.evaluate is not None:

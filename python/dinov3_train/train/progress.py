@@ -22,7 +22,13 @@ class ProgressLine:
 
     def __enter__(self) -> ProgressLine:
         if self.console.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
             self._bar = Progress(*columns, console=self.console)
             self._bar.start()
             self._task = self._bar.add_task("train", total=self.total, completed=self.start_step, text="")
@@ -45,7 +51,9 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.update(self._task, text=text)
         else:
-            self.console.print(f"step {step}/{self.total}  {self._left(step)} left  {text}", highlight=False, soft_wrap=True)
+            self.console.print(
+                f"step {step}/{self.total}  {self._left(step)} left  {text}", highlight=False, soft_wrap=True
+            )
 
     def say(self, text: str) -> None:
         """A line that stays."""

@@ -40,7 +40,10 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out: expected a folder, got the file {self.path}")
         if self.path.is_dir() and any(self.path.iterdir()) and not self.config.exists():
-            raise ValueError(f"out: {self.path} is not empty and holds no config.yaml, so it is not a run; expected a new or empty folder")
+            raise ValueError(
+                f"out: {self.path} is not empty and holds no config.yaml, so it is not a run; "
+                "expected a new or empty folder"
+            )
 
     def write_config(self, text: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,9 @@ class MetricsLog:
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # heavy, and not every run wants it
 
-            self._writers.append(_TensorBoard(SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self.start_step + 1)))
+            self._writers.append(
+                _TensorBoard(SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self.start_step + 1))
+            )
         if self.wandb_project is not None:
             self._writers.append(_WandB(self.wandb_project, self.folder.path))
 
@@ -104,7 +109,9 @@ class _WandB:
         try:
             import wandb
         except ImportError as error:
-            raise ValueError("run.wandb is set but Weights & Biases is not installed: pip install 'dinov3-ext[wandb]'") from error
+            raise ValueError(
+                "run.wandb is set but Weights & Biases is not installed: pip install 'dinov3-ext[wandb]'"
+            ) from error
         self.run = wandb.init(project=project, dir=str(folder), resume="allow", id=folder.resolve().name)
 
     def write(self, step: int, values: dict[str, float]) -> None:
