@@ -10,8 +10,10 @@ from dinov3_train.config import SECTIONS, Config, from_dict, from_yaml, leaves, 
 
 def test_overrides_replace_leaves_and_leave_the_rest():
     config = override(Config(), ["optimizer.lr=1e-3", "backbone.rope.rescale=null", "run.compile=true", "run.steps=7"])
-    assert config.optimizer.lr == 1e-3 and config.backbone.rope.rescale is None
-    assert config.run.compile is True and config.run.steps == 7
+    assert config.optimizer.lr == 1e-3
+    assert config.backbone.rope.rescale is None
+    assert config.run.compile is True
+    assert config.run.steps == 7
     back = replaced(config, {"optimizer.lr": Config().optimizer.lr, "backbone.rope.rescale": 2.0})
     assert replaced(back, {"run.compile": False, "run.steps": Config().run.steps}) == Config()
 
@@ -45,7 +47,8 @@ def test_values(word, value):
     found = to_dict(override(Config(), [word]))
     for part in word.partition("=")[0].split("."):
         found = found[part]
-    assert found == value and type(found) is type(value)
+    assert found == value
+    assert type(found) is type(value)
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,10 @@ def test_the_hash_is_splitmix64():
 def test_shapes_and_range():
     assert uniform(0, "a", 5, 3).shape == (3,)
     values = uniform(0, "a", np.arange(DRAWS), 5)
-    assert values.shape == (DRAWS, 5) and values.dtype == np.float64
-    assert 0.0 <= values.min() and values.max() < 1.0
+    assert values.shape == (DRAWS, 5)
+    assert values.dtype == np.float64
+    assert 0.0 <= values.min()
+    assert values.max() < 1.0
     assert uniform(0, "a", np.arange(0), 5).shape == (0, 5)
 
 
@@ -78,7 +80,8 @@ def test_streams_are_independent(other):
 
 def test_permutation():
     order = permutation(3, "epoch/1", 1000)
-    assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(1000))
+    assert order.dtype == np.int64
+    assert sorted(order.tolist()) == list(range(1000))
     assert np.array_equal(order, permutation(3, "epoch/1", 1000))
     for other in (permutation(3, "epoch/2", 1000), permutation(4, "epoch/1", 1000)):
         assert (order == other).sum() < 10  # one fixed point is expected
@@ -86,4 +89,6 @@ def test_permutation():
 
 def test_image_seeds_differ():
     seeds = {image_seed(seed, stream, index) for seed in range(5) for stream in ("a", "b") for index in range(1000)}
-    assert len(seeds) == 10_000 and 0 <= min(seeds) and max(seeds) < 2**63
+    assert len(seeds) == 10_000
+    assert 0 <= min(seeds)
+    assert max(seeds) < 2**63

@@ -24,7 +24,8 @@ def test_recipes_are_found_by_name_and_by_file(tmp_path):
 def test_every_recipe_builds(name):
     """Checked, written and read again, and its networks made (without memory: on the meta device)."""
     config = dataclasses.replace(recipes.recipe(name), data=Data(sources=("images",)))
-    assert config.recipe == name and recipes.summary(name)
+    assert config.recipe == name
+    assert recipes.summary(name)
     validation.check(config)
     assert from_yaml(to_yaml(config)) == config
     with torch.device("meta"):
@@ -33,4 +34,5 @@ def test_every_recipe_builds(name):
     assert build.terms(config)
     for step in (0, config.run.steps // 2, config.run.steps):
         values = build.step_values(config, step)
-        assert 0.0 <= values.learning_rate < 0.1 and 0.9 < values.momentum <= 1.0
+        assert 0.0 <= values.learning_rate < 0.1
+        assert 0.9 < values.momentum <= 1.0

@@ -42,7 +42,8 @@ def test_linear_and_cosine_reach_their_ends():
     assert cosine(4, start=1.0, end=0.0, steps=8) == pytest.approx(0.5)
     assert cosine(2, start=1.0, end=0.0, steps=8) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
     rising = [cosine(step, start=0.992, end=1.0, steps=100) for step in range(101)]
-    assert rising == sorted(rising) and rising[-1] == 1.0
+    assert rising == sorted(rising)
+    assert rising[-1] == 1.0
 
 
 def test_without_a_length_the_end_holds_from_the_start():
@@ -59,11 +60,13 @@ def test_warmup_cosine():
     values = [warmup_cosine(step, peak=1.0, end=0.1, warmup=5, steps=25) for step in range(30)]
     assert values[:6] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert values[5:26] == sorted(values[5:26], reverse=True)
-    assert values[15] == pytest.approx(0.55) and values[25:] == [0.1] * 5
+    assert values[15] == pytest.approx(0.55)
+    assert values[25:] == [0.1] * 5
 
 
 def test_warmup_cooldown():
     values = [warmup_cooldown(step, peak=1.0, end=0.0, warmup=2, cooldown=4, steps=10) for step in range(11)]
     assert values[:7] == [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
-    assert values[8] == pytest.approx(0.5) and values[10] == 0.0
+    assert values[8] == pytest.approx(0.5)
+    assert values[10] == 0.0
     assert values[6:] == sorted(values[6:], reverse=True)

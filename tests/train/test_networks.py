@@ -90,7 +90,8 @@ def test_the_teacher_sees_whole_crops_and_its_targets_are_balanced():
 def test_the_teacher_is_a_frozen_copy_without_draws():
     student, record = networks(), batch(range(4), batch_size=4)
     teacher = teacher_of(student)
-    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert {p.data_ptr() for p in teacher.parameters()}.isdisjoint(p.data_ptr() for p in student.parameters())
     global_crops, _ = crops_of(record)
     targets = [

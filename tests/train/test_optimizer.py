@@ -136,7 +136,8 @@ def test_state_is_there_before_the_first_step_and_the_same_after():
         ]
 
     before = shapes()
-    assert before and all(entry.keys() == {"step", "exp_avg", "exp_avg_sq"} for entry in before)
+    assert before
+    assert all(entry.keys() == {"step", "exp_avg", "exp_avg_sq"} for entry in before)
     for parameter in student.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
