@@ -277,7 +277,7 @@ def _cell(cell: str | Link) -> str:
 
 
 def data_uri(image: Image.Image) -> str:
-    """The picture as a data URI: PNG, or JPEG of quality 90 without chroma subsampling where that halves it at least."""
+    """The picture as a data URI: PNG, or JPEG of quality 90 without chroma subsampling where that halves it."""
     png, jpeg = io.BytesIO(), io.BytesIO()
     image.save(png, "png", optimize=True)
     image.convert("RGB").save(jpeg, "jpeg", quality=90, subsampling=0, optimize=True)
