@@ -9,7 +9,6 @@ import torch
 
 def pytest_configure(config: pytest.Config) -> None:
     """One thread per process: tiny tensors gain nothing from more, and sums keep one order."""
-    config.addinivalue_line("markers", "slow: takes more than 20 seconds on one core")
     torch.set_num_threads(1)
 
 

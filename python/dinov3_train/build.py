@@ -115,6 +115,9 @@ def networks(config: Config) -> Networks:
         backbone = VisionTransformer(config.backbone)
         dino_head = ProjectionHead(config.backbone.embed_dim, config.dino_head)
         ibot_head = ProjectionHead(config.backbone.embed_dim, config.ibot_head)
+    # a head without a loss gets no gradient, which DistributedDataParallel would wait for
+    dino_head.requires_grad_(config.losses.dino > 0)
+    ibot_head.requires_grad_(config.losses.ibot > 0)
     return Networks(backbone, dino_head, ibot_head, checkpointing=config.run.checkpointing).train()
 
 

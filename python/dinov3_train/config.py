@@ -45,6 +45,7 @@ class Backbone:
     patch_size: int = 16
     registers: int = 4
     layer_scale: float = 1e-5  # initial value of the residual gains
+    init_std: float = 0.02  # of the linears' truncated normal; small widths and short runs learn sooner with more
     norm_eps: float = 1e-5
     qkv_bias: bool = True
     mask_k_bias: bool = True
@@ -61,6 +62,8 @@ class Head:
     bottleneck: int = 256
     prototypes: int = 65536
     layers: int = 3
+    init_std: float = 0.02  # of the MLP's truncated normal
+    prototype_std: float = 0.02  # of the prototypes' truncated normal; sharper first targets with more
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,11 @@ def check_settings(config: Config, world_size: int) -> None:
             f"run.batch_size: expected a multiple of {world_size} ranks * {run.accumulate} micro-batches, "
             f"got {run.batch_size}"
         )
+    if min(losses.dino, losses.ibot, losses.koleo) < 0 or max(losses.dino, losses.ibot) <= 0:
+        raise ValueError(
+            "losses: expected weights of at least 0, and losses.dino or losses.ibot above 0, got "
+            f"dino={losses.dino:g}, ibot={losses.ibot:g}, koleo={losses.koleo:g}"
+        )
     images = run.batch_size // parts
     group = images if losses.koleo_group is None else losses.koleo_group
     if losses.koleo and (group < 2 or (images % group and (run.batch_size // run.accumulate) % group)):

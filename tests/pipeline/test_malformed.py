@@ -44,6 +44,7 @@ CONFIG_MISTAKES = {
     "run.accumulate=3": ("run.batch_size", "multiple of 1 ranks * 3 micro-batches", "got 8"),
     "losses.koleo_group=3": ("losses.koleo_group", "got 3"),
     "run.batch_size=1": ("losses.koleo_group",),
+    "losses.koleo=-1": ("losses", "at least 0", "koleo=-1"),
     "run.precision=fp8": ("run.precision", "bf16, fp32", "'fp8'"),
     "backbone.drop_path=1.0": ("backbone.drop_path", "[0, 1)"),
     "run.checkpoint_every=0": ("run.checkpoint_every", "at least 1"),

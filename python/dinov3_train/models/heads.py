@@ -24,15 +24,16 @@ class ProjectionHead(nn.Module):
             layers += [nn.Linear(fan_in, fan_out), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
         self.prototypes = nn.Linear(head.bottleneck, head.prototypes, bias=False)
+        self.head = head
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Linear weights truncated normal 0.02, biases 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """Truncated normals of `init_std` (MLP) and `prototype_std` (prototypes), biases 0."""
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=self.head.init_std)
+                nn.init.zeros_(layer.bias)
+        nn.init.trunc_normal_(self.prototypes.weight, std=self.head.prototype_std)
 
     def bottleneck(self, x: Tensor) -> Tensor:
         """x (n, D) -> unit vectors fp32 (n, bottleneck)."""

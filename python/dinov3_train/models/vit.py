@@ -77,7 +77,7 @@ class VisionTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """CLS and registers N(0, 0.02), linears truncated normal 0.02, patch conv uniform, mask token and biases 0."""
+        """CLS and registers N(0, 0.02), linears truncated normal `init_std`, patch conv uniform, mask token and biases 0."""
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.storage_tokens, std=0.02)
         nn.init.zeros_(self.mask_token)
@@ -86,7 +86,7 @@ class VisionTransformer(nn.Module):
         nn.init.uniform_(self.patch_embed.proj.bias, -bound, bound)
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=self.backbone.init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
