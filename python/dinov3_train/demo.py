@@ -57,7 +57,8 @@ def run_demo(out: str | Path, *, quick: bool = False, seed: int = 0) -> Path:
     """
     out, began, console = Path(out), time.monotonic(), Console()
     console.print(
-        f"photographs: {len(PHOTOGRAPHS)}, from the scikit-image and scikit-learn wheels, nothing is downloaded"
+        f"photographs: {len(PHOTOGRAPHS)}, from the scikit-image and scikit-learn wheels, nothing is downloaded",
+        soft_wrap=True,
     )
     train, held_out = write_windows(out / "photographs", train=TRAIN_WINDOWS, held_out=HELD_OUT_WINDOWS)
     config = demo_config(train, held_out, quick=quick, seed=seed)
@@ -71,7 +72,8 @@ def run_demo(out: str | Path, *, quick: bool = False, seed: int = 0) -> Path:
     path = page.write(out / "index.html")
     before, after = (_percent(result) for result in (scores.before, scores.after))
     console.print(
-        f"k-NN on held-out windows, {len(PHOTOGRAPHS)} classes = the photographs: {before} untrained, {after} trained"
+        f"k-NN on held-out windows, {len(PHOTOGRAPHS)} classes = the photographs: {before} untrained, {after} trained",
+        soft_wrap=True,
     )
     console.print(f"{time.monotonic() - began:.0f} s in all; page: {path.resolve()}", soft_wrap=True)
     return path
@@ -89,12 +91,21 @@ def demo_config(train: Path, held_out: Path, *, quick: bool, seed: int) -> Confi
             "data.labelled": (str(train), str(held_out)),
             "run.seed": seed,
             "run.steps": steps,
+            "run.precision": _precision(),
             "run.minutes": None if config.run.minutes is None else config.run.minutes / share,
             "run.evaluate_every": max(steps // (3 if quick else 6), 1),
             "run.checkpoint_every": steps,
             "optimizer.warmup": min(config.optimizer.warmup, steps // 5),
         },
     )
+
+
+def _precision() -> str:
+    """bf16 where the processor multiplies it, else fp32: emulated bf16 would be slower."""
+    if torch.cuda.is_available():
+        return "bf16"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
 def judge(backbones: tuple[torch.nn.Module, torch.nn.Module], sources: tuple[Source, Source], seen_as: View) -> Scores:
