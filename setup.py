@@ -23,7 +23,7 @@ class CMakeBuild(build_ext):
         cmake, ninja = (shutil.which(tool) for tool in ("cmake", "ninja"))
         if not cmake or not ninja:
             raise SystemExit("dinov3-ext: the build needs cmake and ninja on PATH (pip brings them when it isolates)")
-        # Kept between builds: kernels see no path of the build environment and are compiled again only when they change.
+        # Kept between builds: kernels see no path of the build environment and are only compiled when they change.
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         configure = [
             *(cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)),

@@ -13,7 +13,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
-import torch  # noqa: F401  the library needs torch's own libraries in the process
+import torch  # before the library, which needs torch's own libraries in the process
 
 from dinov3_ext._digest import source_digest
 
@@ -39,7 +39,10 @@ def _load() -> tuple[ModuleType | None, str]:
     """(module, "") or (None, what is wrong)."""
     path = find()
     if path is None:
-        return None, f"no native library beside {FOLDER} and none installed; `pip install .` in the repository builds it"
+        return (
+            None,
+            f"no native library beside {FOLDER} and none installed; `pip install .` in the repository builds it",
+        )
     spec = importlib.util.spec_from_file_location(MODULE, path)
     try:
         module = importlib.util.module_from_spec(spec)
@@ -84,8 +87,8 @@ def build_info() -> dict:
 
     Returns:
         dict with `library` (file, or None), `problem` (why there is none, or ""), `version`, `source_digest`, `stale`,
-        `torch_headers`, `torch`, `compiler`, `cpu_variant`, `cuda` (version of the CUDA runtime built in, e.g. 13000, or
-        None), `cuda_architectures`. Without a library only the first two, `torch` and `cuda` are there.
+        `torch_headers`, `torch`, `compiler`, `cpu_variant`, `cuda` (version of the CUDA runtime built in, e.g. 13000,
+        or None), `cuda_architectures`. Without a library only the first two, `torch` and `cuda` are there.
     """
     if module is None:
         return {"library": None, "problem": problem, "torch": torch.__version__, "cuda": None}

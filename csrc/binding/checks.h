@@ -22,11 +22,13 @@ inline Element element_of(const char* op, const char* argument, const Tensor& te
 }
 
 // A contiguous fp32 vector of `length` elements on the device of `like`.
-inline void check_vector(const char* op, const char* argument, const Tensor& tensor, int64_t length, const Tensor& like) {
+inline void check_vector(const char* op, const char* argument, const Tensor& tensor, int64_t length,
+                         const Tensor& like) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.dim() == 1 && tensor.size(0) == length &&
                       tensor.is_contiguous(),
-                  op, ": ", argument, " must be a contiguous float32 vector of ", length, " elements; got ", tensor.dim(),
-                  " dimensions, ", tensor.numel(), " elements of ", torch::headeronly::toString(tensor.scalar_type()));
+                  op, ": ", argument, " must be a contiguous float32 vector of ", length, " elements; got ",
+                  tensor.dim(), " dimensions, ", tensor.numel(), " elements of ",
+                  torch::headeronly::toString(tensor.scalar_type()));
   STD_TORCH_CHECK(tensor.device() == like.device(), op, ": ", argument, " must be on the device of the first argument");
 }
 

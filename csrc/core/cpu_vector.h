@@ -87,8 +87,8 @@ DINOV3_EXT_INLINE void store_tail(float* to, typename Vector<W>::Float from, int
 
 // `value` in the first `count` lanes, `other` behind them.
 template <int W>
-DINOV3_EXT_INLINE typename Vector<W>::Float keep_first(
-    typename Vector<W>::Float value, int64_t count, typename Vector<W>::Float other) {
+DINOV3_EXT_INLINE typename Vector<W>::Float keep_first(typename Vector<W>::Float value, int64_t count,
+                                                       typename Vector<W>::Float other) {
   for (int64_t lane = count; lane < W; ++lane) value[lane] = other[lane];
   return value;
 }

@@ -22,7 +22,8 @@ def assignment_cross_entropy(
     """Cross-entropy of every student crop against every teacher crop of the same images.
 
     p[a, b, k] = exp(teacher[a, b, k] / teacher_temperature + rows[a B + b] + columns[k])
-    losses[c, a] = sum_b weight[b] (logsumexp_k(s[c, b, :]) - sum_k p[a, b, k] s[c, b, k]),  s = student / student_temperature
+    losses[c, a] = sum_b weight[b] (logsumexp_k(s[c, b, :]) - sum_k p[a, b, k] s[c, b, k])
+    with s = student / student_temperature.
 
     Saved for backward: the logits, the potentials and one number per student row. No gradient to the teacher.
 
@@ -73,7 +74,7 @@ def assignment_cross_entropy_reference(
     teacher_temperature: float,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """The plain twin of `assignment_cross_entropy`: assignments and log-probabilities written out, autograd's backward."""
+    """The plain twin of `assignment_cross_entropy`: all written out, autograd's own backward."""
     _check_inputs(student, teacher, potentials, student_temperature, teacher_temperature, weight)
     wide = torch.float64 if student.dtype is torch.float64 else torch.float32
     views, rows = teacher.shape[:2]

@@ -119,5 +119,7 @@ def _check_inputs(op: str, student: Tensor, teacher: Tensor, clip: str) -> None:
 @explains("gram_loss")
 def _explain(device: torch.device, dtype: torch.dtype) -> Path:
     return Path(
-        "gram_loss", "composition", "PyTorch operations, one image at a time, gradient in forward; no kernel of our own yet"
+        "gram_loss",
+        "composition",
+        "PyTorch operations, one image at a time, gradient in forward; no kernel of our own yet",
     )

@@ -68,18 +68,15 @@ class Layout:
             tokens = prefix + height * width
             each = np.arange(count, dtype=np.int64)
             rows = row + each * (height + width if tables == "sequence" else 0)  # (count,)
-            constant = np.ones_like(each)
-            columns.append(
-                np.stack(
-                    [token + each * tokens, constant * tokens, constant * prefix, rows, rows + height, constant * width], 1
-                )
-            )
+            table = np.empty((count, 6), np.int32)
+            for column, values in enumerate((token + each * tokens, tokens, prefix, rows, rows + height, width)):
+                table[:, column] = values
+            columns.append(table)
             token += count * tokens
             row += (height + width) * (count if tables == "sequence" else 1)
             if count:
                 kept.append((count, tokens))
-        table = np.concatenate(columns).astype(np.int32) if columns else np.zeros((0, 6), np.int32)
-        return cls(torch.from_numpy(table), tuple(kept))
+        return cls(torch.from_numpy(np.concatenate([np.zeros((0, 6), np.int32), *columns])), tuple(kept))
 
     @property
     def tokens(self) -> int:
@@ -215,8 +212,8 @@ def rope_rotate_reference(qkv: Tensor, rope: Tensor, layout: Layout) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T) v of equally long sequences, (count, H, T, E) each.
 
-    Plain products on a CPU up to CPU_PRODUCTS_TOKENS: PyTorch's fused CPU attention spends 5 to 9 times as long in its bf16
-    backward at 14 to 69 tokens (benchmarks/FACTS.md). Sums and softmax are fp32 inside either.
+    Plain products on a CPU up to CPU_PRODUCTS_TOKENS: PyTorch's fused CPU attention spends 5 to 9 times as long in its
+    bf16 backward at 14 to 69 tokens (benchmarks/FACTS.md). Sums and softmax are fp32 inside either.
     """
     if q.device.type == "cpu" and q.shape[2] <= CPU_PRODUCTS_TOKENS:
         return torch.matmul(torch.matmul(q * scale, k.transpose(-1, -2)).softmax(-1), v)
@@ -226,7 +223,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def _rotate(qkv: Tensor, rope: Tensor, layout: Layout) -> Tensor:
     """All sequences at once: (tokens, 3, H, E) -> (tokens, 2, H, E)."""
     rope = rope.to(torch.promote_types(rope.dtype, qkv.dtype))  # fp32, or fp64 for fp64 qkv
-    still = torch.stack([rope.new_ones(rope.shape[2]), rope.new_zeros(rope.shape[2])])  # (2, E/4), row -1: prefix tokens
+    quarter = rope.shape[2]
+    still = torch.stack([rope.new_ones(quarter), rope.new_zeros(quarter)])  # (2, E/4), row -1: prefix tokens
     rows = torch.cat([rope, still[None]])[layout.token_rows]  # (tokens, y|x, cos|sin, E/4)
     cos, sin = rows.transpose(1, 2).flatten(2).unbind(1)  # (tokens, E/2) each
     cos = torch.cat([cos, cos], -1)[:, None, None]  # (tokens, 1, 1, E)
@@ -292,9 +290,7 @@ def _check_inputs(op: str, qkv: Tensor, rope: Tensor, layout: Layout) -> None:
     if not qkv.is_floating_point():
         raise ValueError(f"{op}: qkv must be floating point; got {qkv.dtype}")
     if rope.ndim != 3 or rope.shape[1:] != (2, qkv.shape[3] // 4):
-        raise ValueError(
-            f"{op}: rope must be (rows, 2, E/4) = (rows, 2, {qkv.shape[3] // 4}); got {tuple(rope.shape)}"
-        )
+        raise ValueError(f"{op}: rope must be (rows, 2, E/4) = (rows, 2, {qkv.shape[3] // 4}); got {tuple(rope.shape)}")
     if rope.dtype is not torch.float32 and not (rope.dtype is torch.float64 and qkv.dtype is torch.float64):
         raise ValueError(f"{op}: rope must be float32 (float64 for a float64 qkv); got {rope.dtype}")
     if rope.shape[0] < layout.rope_rows:

@@ -58,7 +58,8 @@ def sinkhorn_knopp(
 
 def _sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int, collectives: Collectives) -> Potentials:
     """The kernels, and the exchanges between them: one maximum and `iterations` sums of K numbers each."""
-    if logits.shape[1] > 1 and logits.stride(1) != 1 or logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+    rows, prototypes = logits.shape
+    if (prototypes > 1 and logits.stride(1) != 1) or (rows > 1 and logits.stride(0) < prototypes):
         logits = logits.contiguous()
     ops = torch.ops.dinov3_ext
     maxima, sums = ops.sinkhorn_column_sums(logits, temperature)  # (K,) each
@@ -67,11 +68,11 @@ def _sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int, collect
         largest = collectives.all_reduce(maxima.clone(), "max")
         # A rank without rows has (-inf, 0); -inf - -inf would be NaN.
         sums = torch.where(maxima == -torch.inf, 0.0, sums * (maxima - largest).exp())
-    columns, rows = -largest, logits.new_zeros(logits.shape[0], dtype=torch.float32)
+    columns, potentials = -largest, logits.new_zeros(rows, dtype=torch.float32)
     for iteration in range(iterations):
         columns = ops.sinkhorn_finish(collectives.all_reduce(sums, "sum"), columns)
-        rows, sums = ops.sinkhorn_row_sums(logits, rows, columns, temperature, iteration + 1 < iterations)
-    return Potentials(rows, columns)
+        potentials, sums = ops.sinkhorn_row_sums(logits, potentials, columns, temperature, iteration + 1 < iterations)
+    return Potentials(potentials, columns)
 
 
 def sinkhorn_knopp_reference(

@@ -108,7 +108,9 @@ def test_overwriting_gives_the_same_gradient_in_the_same_memory() -> None:
     logits = leaf.view(C * B, K).add(0).view(C, B, K)
     address, seen = logits.data_ptr(), []
     logits.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
-    losses = assignment_cross_entropy(logits, teacher, potentials, weight=weight, overwrite_student=True, **TEMPERATURES)
+    losses = assignment_cross_entropy(
+        logits, teacher, potentials, weight=weight, overwrite_student=True, **TEMPERATURES
+    )
     losses.backward(torch.arange(1.0, 1 + C * A).view(C, A))
     assert torch.equal(leaf.grad, expected[1])
     assert seen == [address]
@@ -140,9 +142,7 @@ def test_overwriting_is_refused_while_compiling_and_on_a_leaf() -> None:
     arguments = problem(torch.float32)
     student, teacher, potentials, _ = arguments
     with pytest.raises(ValueError, match="got a leaf tensor"):
-        assignment_cross_entropy(
-            student.requires_grad_(), teacher, potentials, overwrite_student=True, **TEMPERATURES
-        )
+        assignment_cross_entropy(student.requires_grad_(), teacher, potentials, overwrite_student=True, **TEMPERATURES)
 
     def loss(x: Tensor) -> Tensor:
         return use_twice(True, x * 1, False, arguments)
@@ -179,6 +179,7 @@ def test_reference_can_be_forced() -> None:
 
 def test_errors_name_the_rule() -> None:
     student, teacher, potentials, _ = problem()
+    arguments = {"student": student, "teacher": teacher, "potentials": potentials, **TEMPERATURES}
     for change, message in [
         ({"student": student[:, :3]}, r"must share B and K; got \(3, 3, 11\) and \(2, 6, 11\)"),
         ({"potentials": Potentials(potentials.rows[1:], potentials.columns)}, r"rows \(A \* B,\) = \(12,\)"),
@@ -187,4 +188,4 @@ def test_errors_name_the_rule() -> None:
         ({"student": student.long()}, "must be floating point"),
     ]:
         with pytest.raises(ValueError, match=message):
-            assignment_cross_entropy(**{"student": student, "teacher": teacher, "potentials": potentials, **TEMPERATURES, **change})
+            assignment_cross_entropy(**{**arguments, **change})

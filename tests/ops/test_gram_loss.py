@@ -40,7 +40,8 @@ def nested_loops(student: Tensor, teacher: Tensor, clip: str) -> float:
 def test_value_is_that_of_nested_loops(clip: str) -> None:
     student, teacher = features()
     for function in (gram_loss, gram_loss_reference):
-        assert function(student, teacher, clip=clip).item() == pytest.approx(nested_loops(student, teacher, clip), rel=1e-12)
+        expected = nested_loops(student, teacher, clip)
+        assert function(student, teacher, clip=clip).item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -78,7 +79,7 @@ def test_zero_rows_and_single_patch() -> None:
 
 
 def test_gradient_at_exactly_zero_similarity_passes() -> None:
-    """In-place `similarity[similarity < 0] = 0` of the DINOv3 paper's code lets it through; max(., 0) would halve it."""
+    """In-place `similarity[similarity < 0] = 0` of the DINOv3 paper's code lets it through; max(., 0) may not."""
     student = torch.eye(2, dtype=torch.float64)[None].requires_grad_()
     teacher = torch.ones(1, 2, 2, dtype=torch.float64)
     for function in (gram_loss, gram_loss_reference):
@@ -128,7 +129,7 @@ def test_errors_name_the_rule() -> None:
     student, teacher = features()
     for call, message in [
         (lambda: gram_loss(student[0], teacher[0]), r"student must be \(S, N, D\)"),
-        (lambda: gram_loss(student, teacher[:, :4]), r"teacher must have the student's shape \(3, 13, 8\); got \(3, 4, 8\)"),
+        (lambda: gram_loss(student, teacher[:, :4]), r"the student's shape \(3, 13, 8\); got \(3, 4, 8\)"),
         (lambda: gram_loss(student, teacher, clip="student"), "clip must be one of none, both, teacher; got 'student'"),
         (lambda: gram_loss(student.long(), teacher), "must be floating point"),
     ]:

@@ -14,7 +14,7 @@ namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr int64_t kRowsAtOnce = 8;      // rows between two corrections of the running column maximum
+constexpr int64_t kRowsAtOnce = 8;        // rows between two corrections of the running column maximum
 constexpr int64_t kColumnsAtOnce = 1024;  // columns whose partial sum is taken before it joins the row's sum
 constexpr float kSmallest = 0x1p-60f, kLargest = 0x1p60f;  // row sums outside: the guess of the shift was not good
 
@@ -33,7 +33,9 @@ DINOV3_EXT_INLINE void column_step(const SinkhornColumnSums& args, int64_t first
   using Float = typename Vector<W>::Float;
   const Float lowest = splat<W>(-std::numeric_limits<float>::infinity()), zero = splat<W>(0.f);
   const bool start = first == 0;
-  const Float before = start ? lowest : count == W ? load<W>(args.maxima + column) : load_tail<W>(args.maxima + column, count);
+  const Float before = start        ? lowest
+                       : count == W ? load<W>(args.maxima + column)
+                                    : load_tail<W>(args.maxima + column, count);
   const Float sum = start ? zero : count == W ? load<W>(args.sums + column) : load_tail<W>(args.sums + column, count);
   Float x[kRowsAtOnce], maximum = before;
   for (int64_t i = 0; i < rows; ++i) {
@@ -89,8 +91,8 @@ DINOV3_EXT_INLINE float row_sum(const SinkhornLogits& logits, const void* row, c
   }
   if (const int64_t rest = logits.prototypes - whole) {
     const Float x = load_element_tail<E, W>(row, whole, rest) * logits.scale;
-    const Float e = keep_first<W>(
-        exp2<W>(x + (load_tail<W>(columns + whole, rest) * kLog2E + shift)), rest, splat<W>(0.f));
+    const Float e =
+        keep_first<W>(exp2<W>(x + (load_tail<W>(columns + whole, rest) * kLog2E + shift)), rest, splat<W>(0.f));
     if (exponentials) store_tail<W>(exponentials + whole, e, rest);
     total += sum_lanes<W>(e);
   }
@@ -107,7 +109,8 @@ DINOV3_EXT_INLINE float row_maximum(const SinkhornLogits& logits, const void* ro
     maximum = larger<W>(maximum, load_element<E, W>(row, k) * logits.scale + load<W>(columns + k) * kLog2E);
   }
   if (const int64_t rest = logits.prototypes - whole) {
-    const Float x = load_element_tail<E, W>(row, whole, rest) * logits.scale + load_tail<W>(columns + whole, rest) * kLog2E;
+    const Float x =
+        load_element_tail<E, W>(row, whole, rest) * logits.scale + load_tail<W>(columns + whole, rest) * kLog2E;
     maximum = larger<W>(maximum, keep_first<W>(x, rest, splat<W>(-infinity)));
   }
   float highest = -infinity;

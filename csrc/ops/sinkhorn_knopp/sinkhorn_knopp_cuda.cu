@@ -10,7 +10,9 @@ namespace {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-unsigned column_blocks(int64_t prototypes, int width) { return unsigned(divide_up(prototypes, kColumnThreads * width)); }
+unsigned column_blocks(int64_t prototypes, int width) {
+  return unsigned(divide_up(prototypes, kColumnThreads * width));
+}
 
 int64_t rows_of_split(const SinkhornLogits& logits) {
   return divide_up(logits.rows, std::max<int64_t>(1, sinkhorn_splits_cuda(logits.rows, logits.prototypes)));

@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kColumnThreads) finish(SinkhornFinish args) {
 // This thread's share of a row: N columns, then N columns kRowThreads * N further on. Operation::add takes each score
 // (units of log2).
 template <Element E, int N, class Visit>
-__device__ __forceinline__ void visit_row(const SinkhornLogits& logits, int64_t row, const float* columns, Visit visit) {
+__device__ __forceinline__ void visit_row(const SinkhornLogits& logits, int64_t row, const float* columns,
+                                          Visit visit) {
   const auto* x = row_of<E>(logits, row);
 #pragma unroll 2
   for (int64_t k = int64_t(threadIdx.x) * N; k < logits.prototypes; k += kRowThreads * N) {
