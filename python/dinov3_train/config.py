@@ -79,7 +79,8 @@ class Crops:
     local_scale: tuple[float, float] = (0.05, 0.32)
     horizontal_flip: float = 0.5
     # blur probabilities of global crop 1, global crop 2, local crops. "paper": 1.0, 0.1, 0.5 as the DINO paper means
-    # them; "released": 0.0, 0.9, 0.5 as every released weight was trained (an inverted argument in the published code)
+    # them; "released": 0.0, 0.9, 0.5 as every released weight was trained (an inverted argument in the published code);
+    # "none": no blur
     blur: str = "paper"
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
     color_jitter_probability: float = 0.8

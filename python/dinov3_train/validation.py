@@ -68,7 +68,7 @@ def check_settings(config: Config, world_size: int) -> None:
     allowed = {
         "run.precision": (run.precision, ("bf16", "fp32")),
         "run.checkpointing": (run.checkpointing, ("none", "selective", "full")),
-        "crops.blur": (crops.blur, ("paper", "released")),
+        "crops.blur": (crops.blur, ("paper", "released", "none")),
         "backbone.rope.draw": (config.backbone.rope.draw, ("sequence", "block")),
     }
     for key, (value, choices) in allowed.items():

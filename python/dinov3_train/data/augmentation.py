@@ -21,7 +21,8 @@ from .. import counter
 from ..config import Crops
 from .batch import Views
 
-BLUR = {"paper": (1.0, 0.1, 0.5), "released": (0.0, 0.9, 0.5)}  # global crop 1, further global crops, local crops
+# probabilities of the first global crop, further global crops, local crops
+BLUR = {"paper": (1.0, 0.1, 0.5), "released": (0.0, 0.9, 0.5), "none": (0.0, 0.0, 0.0)}
 BLUR_RADIUS = 4  # kernel 9
 BLUR_SIGMA = (0.1, 2.0)
 RATIO = (3 / 4, 4 / 3)  # width over height of a crop, log-uniform
