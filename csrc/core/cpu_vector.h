@@ -106,15 +106,18 @@ DINOV3_EXT_INLINE typename Vector<W>::Float larger(typename Vector<W>::Float a, 
   return a < b ? b : a;
 }
 
-// 2^x, relative error below 2e-7; zero below 2^-126, 2^127 from there on, NaN stays NaN.
+template <int W>
+DINOV3_EXT_INLINE typename Vector<W>::Float smaller(typename Vector<W>::Float a, typename Vector<W>::Float b) {
+  return a > b ? b : a;
+}
+
+// 2^x, relative error below 2e-7; zero below 2^-126.5, 2^127 from there on, NaN stays NaN.
 // Polynomial: Cephes exp2f on [-1/2, 1/2].
 template <int W>
 DINOV3_EXT_INLINE typename Vector<W>::Float exp2(typename Vector<W>::Float x) {
   using V = Vector<W>;
-  const typename V::Float highest = splat<W>(127.f), lowest = splat<W>(-126.f);
-  const auto vanishes = x < lowest;
-  typename V::Float t = x > highest ? highest : x;
-  t = vanishes ? lowest : t;
+  const typename V::Float highest = splat<W>(127.f), lowest = splat<W>(-127.f);
+  const typename V::Float t = larger<W>(smaller<W>(x, highest), lowest);
   constexpr float rounder = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const typename V::Float shifted = t + rounder;
   const typename V::Float f = t - (shifted - rounder);
@@ -124,8 +127,7 @@ DINOV3_EXT_INLINE typename Vector<W>::Float exp2(typename Vector<W>::Float x) {
   p = p * f + 2.402264791363012e-1f;
   p = p * f + 6.931472028550421e-1f;
   p = p * f + 1.f;
-  const auto power = bits_as<typename V::Float>((bits_as<typename V::Int>(shifted) + 127) << 23);
-  return vanishes ? splat<W>(0.f) : p * power;
+  return p * bits_as<typename V::Float>((bits_as<typename V::Int>(shifted) + 127) << 23);  // 2^-127 comes out as zero
 }
 
 }  // namespace dinov3_ext
