@@ -33,8 +33,10 @@ class CMakeBuild(build_ext):
             f"-DDINOV3_EXT_CUDA={os.environ.get('DINOV3_EXT_CUDA', 'auto')}",
             f"-DDINOV3_EXT_ARCHS={os.environ.get('DINOV3_EXT_ARCHS', '')}",
         ]
-        facts = subprocess.run(configure, check=True, stdout=subprocess.PIPE, text=True).stdout
-        subprocess.run([ninja, "-C", str(folder)], check=True)
+        configured = subprocess.run(configure, check=False, stdout=subprocess.PIPE, text=True)
+        facts = configured.stdout
+        if configured.returncode or subprocess.run([ninja, "-C", str(folder)], check=False).returncode:
+            raise SystemExit(f"{facts}\ndinov3-ext: the native build failed; the messages above say where")
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(".new")

@@ -18,13 +18,9 @@ py::dict build_info() {
   info["source_digest"] = DINOV3_EXT_SOURCE_DIGEST;
   info["torch_headers"] = DINOV3_EXT_TORCH_HEADERS;
   info["compiler"] = DINOV3_EXT_COMPILER;
-#if defined(DINOV3_EXT_WITH_CUDA)
-  info["cuda"] = dinov3_ext::cuda_runtime_version();
+  const int cuda = dinov3_ext::cuda_runtime_version();
+  info["cuda"] = cuda ? py::object(py::int_(cuda)) : py::object(py::none());
   info["cuda_architectures"] = DINOV3_EXT_CUDA_ARCHITECTURES;
-#else
-  info["cuda"] = py::none();
-  info["cuda_architectures"] = "";
-#endif
   return info;
 }
 

@@ -38,25 +38,21 @@ Tensor empty_floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
 // Runs cpu(args) or, on the tensor's device and stream, cuda(args).
 template <class Args>
 void launch(const char* op, const Tensor& tensor, const Args& args, void (*cpu)(const Args&, ParallelFor),
-            [[maybe_unused]] int (*cuda)(const Args&, void*)) {
+            int (*cuda)(const Args&, void*)) {
   if (tensor.is_cpu()) return cpu(args, torch_parallel);
-#if defined(DINOV3_EXT_WITH_CUDA)
   const DeviceStream device(tensor);
   const int status = cuda(args, device.stream);
   STD_TORCH_CHECK(status == 0, op, ": the CUDA launch failed: ", cuda_status_text(status));
-#else
-  STD_TORCH_CHECK(false, op, ": this build of dinov3_ext has no CUDA kernels (built without nvcc)");
-#endif
 }
 
-#if defined(DINOV3_EXT_WITH_CUDA)
-#define DINOV3_EXT_CUDA_LAUNCHER(name) name
-#else
-#define DINOV3_EXT_CUDA_LAUNCHER(name) nullptr
-int64_t sinkhorn_splits_cuda(int64_t, int64_t) { return 0; }
-#endif
-
 }  // namespace
+
+#if !defined(DINOV3_EXT_WITH_CUDA)
+int64_t sinkhorn_splits_cuda(int64_t, int64_t) { return 0; }
+int sinkhorn_column_sums_cuda(const SinkhornColumnSums&, void*) { return kBuiltWithoutCuda; }
+int sinkhorn_finish_cuda(const SinkhornFinish&, void*) { return kBuiltWithoutCuda; }
+int sinkhorn_row_sums_cuda(const SinkhornRowSums&, void*) { return kBuiltWithoutCuda; }
+#endif
 
 std::tuple<Tensor, Tensor> sinkhorn_column_sums(const Tensor& logits, double temperature) {
   const char* op = "sinkhorn_column_sums";
@@ -66,7 +62,7 @@ std::tuple<Tensor, Tensor> sinkhorn_column_sums(const Tensor& logits, double tem
   Tensor maxima = empty_floats(logits, {checked.prototypes}), sums = empty_floats(logits, {checked.prototypes});
   const SinkhornColumnSums args{checked, partial.mutable_data_ptr<float>(), maxima.mutable_data_ptr<float>(),
                                 sums.mutable_data_ptr<float>()};
-  launch(op, logits, args, sinkhorn_column_sums_cpu, DINOV3_EXT_CUDA_LAUNCHER(sinkhorn_column_sums_cuda));
+  launch(op, logits, args, sinkhorn_column_sums_cpu, sinkhorn_column_sums_cuda);
   return {maxima, sums};
 }
 
@@ -77,7 +73,7 @@ Tensor sinkhorn_finish(const Tensor& sums, const Tensor& shift) {
   Tensor columns = empty_floats(sums, {sums.numel()});
   const SinkhornFinish args{sums.const_data_ptr<float>(), shift.const_data_ptr<float>(),
                             columns.mutable_data_ptr<float>(), sums.numel()};
-  launch(op, sums, args, sinkhorn_finish_cpu, DINOV3_EXT_CUDA_LAUNCHER(sinkhorn_finish_cuda));
+  launch(op, sums, args, sinkhorn_finish_cpu, sinkhorn_finish_cuda);
   return columns;
 }
 
@@ -99,7 +95,7 @@ std::tuple<Tensor, Tensor> sinkhorn_row_sums(const Tensor& logits, const Tensor&
                              column_sums ? partial.mutable_data_ptr<float>() : nullptr,
                              rows.mutable_data_ptr<float>(),
                              column_sums ? sums.mutable_data_ptr<float>() : nullptr};
-  launch(op, logits, args, sinkhorn_row_sums_cpu, DINOV3_EXT_CUDA_LAUNCHER(sinkhorn_row_sums_cuda));
+  launch(op, logits, args, sinkhorn_row_sums_cpu, sinkhorn_row_sums_cuda);
   return {rows, sums};
 }
 
