@@ -19,8 +19,11 @@ def test_photographs_are_distinct_open_and_credited():
     assert len(PHOTOGRAPHS_BY_NAME) == len(PHOTOGRAPHS) == 14
     for photograph in PHOTOGRAPHS:
         image = photograph.open()
-        assert image.mode == "RGB" and min(image.size) >= 300
-        assert photograph.credit and photograph.licence and photograph.url.startswith("https://")
+        assert image.mode == "RGB"
+        assert min(image.size) >= 300
+        assert photograph.credit
+        assert photograph.licence
+        assert photograph.url.startswith("https://")
     for name in (*demo.COLOURED, *demo.POINTS):
         assert name in PHOTOGRAPHS_BY_NAME
     assert set(demo.POINTS) <= set(demo.COLOURED)
@@ -40,7 +43,8 @@ def test_halves_have_no_pixel_in_common_and_windows_stay_inside(size):
         mask[box[1] : box[3], box[0] : box[2]] = True
         seen.append(mask)
         for left, top, right, bottom in window_boxes("any", box, 200):
-            assert box[0] <= left < right <= box[2] and box[1] <= top < bottom <= box[3]
+            assert box[0] <= left < right <= box[2]
+            assert box[1] <= top < bottom <= box[3]
             assert right - left == bottom - top >= 0.39 * min(box[2] - box[0], box[3] - box[1])
     assert not (seen[0] & seen[1]).any()
     lost = ~(seen[0] | seen[1])
@@ -54,7 +58,8 @@ def test_windows_are_the_same_every_time(tmp_path):
 
     first, again = (write_windows(tmp_path / name, train=2, held_out=1) for name in "ab")
     assert [digest(folder) for folder in first] == [digest(folder) for folder in again]
-    assert digest(first[0])[0] == 2 * len(PHOTOGRAPHS) and digest(first[1])[0] == len(PHOTOGRAPHS)
+    assert digest(first[0])[0] == 2 * len(PHOTOGRAPHS)
+    assert digest(first[1])[0] == len(PHOTOGRAPHS)
     assert Image.open(first[0] / "cat" / "001.png").size == (96, 96)
 
 
@@ -89,12 +94,15 @@ def test_a_tiny_demo_ends_in_a_page(tmp_path, small, capsys):
     path = demo.run_demo(tmp_path / "out", quick=True, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
     printed = capsys.readouterr().out
-    assert path == tmp_path / "out" / "index.html" and "index.html" in printed.replace("\n", "")
+    assert path == tmp_path / "out" / "index.html"
+    assert "index.html" in printed.replace("\n", "")
     text = path.read_text("ascii")
     for photograph in PHOTOGRAPHS:
         assert f"<td>{photograph.name}</td>" in text
     assert text.count("<img") == len(PHOTOGRAPHS) + 3 * len(demo.COLOURED) + 3 * len(demo.POINTS)
-    assert "Losses" in text and "k-NN while training" in text and "guessing" in text
+    assert "Losses" in text
+    assert "k-NN while training" in text
+    assert "guessing" in text
     assert not re.search(r"<(script|link|iframe)|src=\"http", text)
     assert (tmp_path / "out" / "run-quick-seed3" / "config.yaml").is_file()
 

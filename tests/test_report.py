@@ -55,13 +55,17 @@ def test_page_is_whole_ascii_and_alone(tmp_path):
     text = path.read_bytes().decode("ascii")
     document = Document(text)
     sources = [value for _, name, value in document.attributes if name in ("src", "srcset", "data")]
-    assert len(sources) == 5 and all(source.startswith("data:image/") for source in sources)
+    assert len(sources) == 5
+    assert all(source.startswith("data:image/") for source in sources)
     assert not re.search(r"<(script|link|iframe)|@import|url\(", text)
     assert [value for _, name, value in document.attributes if name == "href"] == ["https://example.org/?a=1&b=2"]
     words = "".join(document.words)
-    assert "A <run> & its features" in words and "gr\u00fcn" in words
+    assert "A <run> & its features" in words
+    assert "gr\u00fcn" in words
     assert ("img", "alt", 'one "quoted"') in document.attributes
-    assert "prefers-color-scheme: dark" in text and "@media print" in text and 'name="viewport"' in text
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+    assert 'name="viewport"' in text
     assert [p.name for p in path.parent.iterdir()] == ["page.html"]
 
 
@@ -73,8 +77,11 @@ def test_curve_goes_through_its_points():
     svg = curve_svg({"loss": ([0, 50, 100], [0.0, 10.0, 5.0])}, title="t", x_label="step")
     (points,) = re.findall(r'points="([^"]+)"', svg)
     (x0, y0), (x1, y1), (x2, y2) = [tuple(map(float, point.split(","))) for point in points.split()]
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y2 - y1 == pytest.approx((y0 - y1) / 2, abs=0.2) and y0 > y1
-    assert ">100<" in svg and ">10<" in svg
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    assert y2 - y1 == pytest.approx((y0 - y1) / 2, abs=0.2)
+    assert y0 > y1
+    assert ">100<" in svg
+    assert ">10<" in svg
 
 
 def test_curve_leaves_gaps_and_accepts_flat_or_single_values():
@@ -104,7 +111,8 @@ def test_metrics_survive_a_cut_line_but_not_a_damaged_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3.5}\n{"step": 2, "knn": 0.5}\n{"step": 3, "loss": 2}\n{"step": 4, "lo')
     rows = read_metrics(path)
-    assert series(rows, "loss") == ([1.0, 3.0], [3.5, 2.0]) and series(rows, "knn") == ([2.0], [0.5])
+    assert series(rows, "loss") == ([1.0, 3.0], [3.5, 2.0])
+    assert series(rows, "knn") == ([2.0], [0.5])
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         read_metrics(path)

@@ -1,4 +1,4 @@
-"""Openly licensed photographs that lie inside the scikit-image and scikit-learn wheels, cut into training and held-out halves.
+"""Openly licensed photographs inside the scikit-image and scikit-learn wheels, cut into training and held-out halves.
 
 Nothing is downloaded. Licences are as the two packages state them (docstrings of `skimage.data`, README.txt of
 `sklearn.datasets`); photographs of theirs without a stated open licence are left out.

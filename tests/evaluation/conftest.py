@@ -41,9 +41,8 @@ class MeanColour(nn.Module):
 class MemorySource:
     """Colour noise in two classes, "dark" and "bright"; any number can be damaged or without a label."""
 
-    classes = ["dark", "bright"]
-
     def __init__(self, count: int, *, damaged: tuple[int, ...] = (), unlabelled: tuple[int, ...] = (), side: int = 20):
+        self.classes = ["dark", "bright"]
         self.count, self.damaged, self.unlabelled, self.side = count, damaged, unlabelled, side
 
     def __len__(self) -> int:

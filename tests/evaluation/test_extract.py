@@ -18,14 +18,17 @@ def expected_cls(source, numbers) -> torch.Tensor:
     return torch.stack([VIEW.normalized(VIEW.pixels(source.image(n))).mean(dim=(1, 2)) for n in numbers])
 
 
-@pytest.mark.parametrize("batch_size, workers", [(1, 1), (4, 3), (64, 2)])
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (4, 3), (64, 2)])
 def test_one_row_per_image_in_order(batch_size, workers, mean_colour, memory_source):
     source = memory_source(11, unlabelled=(4,))
     result = extract(mean_colour(), source, VIEW, batch_size=batch_size, workers=workers)
     torch.testing.assert_close(result.features, expected_cls(source, range(11)))
     assert result.labels.tolist() == [-1 if n == 4 else n % 2 for n in range(11)]
-    assert result.names == tuple(source.name(n) for n in range(11)) and result.classes == ("dark", "bright")
-    assert result.settings["size"] == 16 and result.settings["pooling"] == "cls" and result.unreadable == ()
+    assert result.names == tuple(source.name(n) for n in range(11))
+    assert result.classes == ("dark", "bright")
+    assert result.settings["size"] == 16
+    assert result.settings["pooling"] == "cls"
+    assert result.unreadable == ()
 
 
 def test_poolings(mean_colour, memory_source):
@@ -43,7 +46,9 @@ def test_mode_gradients_and_progress(mean_colour, memory_source):
     result = extract(
         backbone, memory_source(7), VIEW, batch_size=3, progress=lambda done, total: seen.append((done, total))
     )
-    assert backbone.training and backbone.modes == [False] * 3 and not result.features.requires_grad
+    assert backbone.training
+    assert backbone.modes == [False] * 3
+    assert not result.features.requires_grad
     assert seen == [(3, 7), (6, 7), (7, 7)]
 
 
@@ -59,7 +64,8 @@ def test_unreadable_images_are_left_out_and_named(mean_colour, memory_source):
     with pytest.warns(UserWarning, match="3 of 9 images are unreadable and left out: dark/2.png"):
         result = extract(mean_colour(), source, VIEW, batch_size=2)  # the second batch has no readable image
     assert result.names == tuple(source.name(n) for n in (0, 1, 4, 5, 6, 7))
-    assert result.labels.tolist() == [0, 1, 0, 1, 0, 1] and len(result.unreadable) == 3
+    assert result.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert len(result.unreadable) == 3
     torch.testing.assert_close(result.features, expected_cls(source, (0, 1, 4, 5, 6, 7)))
 
 
@@ -72,7 +78,8 @@ def test_a_file_that_is_gone_is_named(tmp_path, mean_colour, memory_source):
     (tmp_path / "dark" / "2.png").unlink()
     with pytest.warns(UserWarning, match=r"1 of 3 .*2\.png: No such file"):
         result = extract(mean_colour(), source, VIEW)
-    assert result.classes == ("bright", "dark") and result.labels.tolist() == [0, 1]
+    assert result.classes == ("bright", "dark")
+    assert result.labels.tolist() == [0, 1]
 
 
 def test_refusals(mean_colour, memory_source):
@@ -96,7 +103,8 @@ def test_files_come_back(tmp_path, suffix, mean_colour, memory_source):
         result = extract(mean_colour(), memory_source(6, damaged=(1,), unlabelled=(2,)), VIEW)
     path = save_features(result, tmp_path / "new" / f"features{suffix}")
     again = load_features(path)
-    assert torch.equal(again.features, result.features) and torch.equal(again.labels, result.labels)
+    assert torch.equal(again.features, result.features)
+    assert torch.equal(again.labels, result.labels)
     assert (again.names, again.classes, again.unreadable) == (result.names, result.classes, result.unreadable)
     assert again.settings == json.loads(json.dumps(result.settings))
     assert sorted(p.name for p in path.parent.iterdir()) == [path.name, path.name + ".json"]

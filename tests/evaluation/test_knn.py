@@ -125,7 +125,8 @@ def test_result_is_written_with_its_settings(tmp_path):
     test, truth = clusters(20, seed=6)
     result = evaluate_knn(extracted(train, labels, size=96), extracted(test, truth, size=96), k=[1, 10])
     written = json.loads(result.write(tmp_path / "deep" / "knn.json").read_text())
-    assert written["settings"] == {"size": 96} and written["temperature"] == TEMPERATURE
+    assert written["settings"] == {"size": 96}
+    assert written["temperature"] == TEMPERATURE
     assert [score["k"] for score in written["scores"]] == [1, 10]
     assert result.best.mean_per_class == max(score.mean_per_class for score in result.scores)
     with pytest.raises(ValueError, match=r"k expects one of \[1, 10\], got 3"):

@@ -70,7 +70,8 @@ def test_features_without_variance_are_grey():
     one_axis = torch.zeros(3, 3, 4)
     one_axis[..., 2] = torch.arange(9.0).view(3, 3)
     colors = pca_colors([one_axis], percentile=0)[0]
-    assert colors[..., 0].ravel().tolist() == [round(255 * n / 8) for n in range(9)] and (colors[..., 1:] == 128).all()
+    assert colors[..., 0].ravel().tolist() == [round(255 * n / 8) for n in range(9)]
+    assert (colors[..., 1:] == 128).all()
 
 
 def test_cosine_map_equals_the_formula():
@@ -81,11 +82,9 @@ def test_cosine_map_equals_the_formula():
 
 
 def test_points_fall_on_patches():
-    assert (
-        patch_at((4, 8), (0, 0)) == (0, 0)
-        and patch_at((4, 8), (1, 1)) == (3, 7)
-        and patch_at((4, 8), (0.5, 0.3)) == (1, 4)
-    )
+    assert patch_at((4, 8), (0, 0)) == (0, 0)
+    assert patch_at((4, 8), (1, 1)) == (3, 7)
+    assert patch_at((4, 8), (0.5, 0.3)) == (1, 4)
     with pytest.raises(ValueError, match=r"shares in \[0, 1\], got \(1.5, 0\)"):
         patch_at((4, 8), (1.5, 0))
 
@@ -103,8 +102,8 @@ def test_refusals(backbone):
         cosine_map(random_maps((3, 4))[0], (3, 0))
     with pytest.raises(ValueError, match=r"at least one for each of 2 images, got \[1, 0\]"):
         cosine_sheet(backbone, [("a", photograph(16, 16)), ("b", photograph(16, 16))], [[(0, 0)], []], View(size=16))
+    tile = photograph(8, 8)
     with pytest.raises(ValueError, match=r"one number of tiles each, got \[1, 2\]"):
-        tile = photograph(8, 8)
         sheet([Strip("a", (tile,)), Strip("b", (tile, tile))], title="")
     with pytest.raises(ValueError, match=r"got \[\]"):
         sheet([], title="")
@@ -114,7 +113,9 @@ def test_maps_keep_the_aspect_and_the_place(backbone):
     left_red = Image.new("RGB", (95, 50), (200, 30, 30))
     left_red.paste((30, 30, 200), (48, 0, 95, 50))
     entry = patch_maps(backbone.train(), [("two colours", left_red)], View(size=32))[0]
-    assert backbone.training and entry.image.size == (64, 32) and entry.grid == (4, 8)
+    assert backbone.training
+    assert entry.image.size == (64, 32)
+    assert entry.grid == (4, 8)
     similar = cosine_map(entry.features, (2, 0))
     assert similar[:, :3].min() > similar[:, 5:].max()  # row-major: the left half is like its own left edge
 
@@ -122,13 +123,15 @@ def test_maps_keep_the_aspect_and_the_place(backbone):
 def test_sheets_are_deterministic_and_hold_photograph_and_map(backbone):
     images = [("wide", photograph(90, 60)), ("tall", photograph(40, 70, seed=1)), ("third", photograph(64, 64, seed=2))]
     first, again = (pca_sheet(backbone, images, View(size=32), tile=96) for _ in range(2))
-    assert first.tobytes() == again.tobytes() and first.mode == "RGB"
+    assert first.tobytes() == again.tobytes()
+    assert first.mode == "RGB"
     maps = patch_maps(backbone, images, View(size=32))
     color = pca_colors([entry.features for entry in maps])[0]
     block = enlarged(color, maps[0].image.size, smooth=False).resize((96, 64), Image.Resampling.LANCZOS)
     assert contains(first, block)
     smooth = pca_sheet(backbone, images, View(size=32), tile=96, smooth=True)
-    assert smooth.size == first.size and smooth.tobytes() != first.tobytes()
+    assert smooth.size == first.size
+    assert smooth.tobytes() != first.tobytes()
     points = [[(0.2, 0.2), (0.9, 0.9)]] * 3
     cosine = cosine_sheet(backbone, images, points, View(size=32), tile=96)
     assert cosine.tobytes() == cosine_sheet(backbone, images, points, View(size=32), tile=96).tobytes()
@@ -147,8 +150,11 @@ def test_ring_is_at_the_point_and_leaves_the_rest():
     plain = Image.new("RGB", (80, 80), (90, 90, 90))
     changed = np.abs(np.array(ringed(plain, (20, 60))).astype(int) - 90).sum(2) > 0
     rows, columns = np.nonzero(changed)
-    assert abs(rows.mean() - 60) < 1 and abs(columns.mean() - 20) < 1 and np.ptp(rows) < 12
-    assert plain.getpixel((20, 60)) == (90, 90, 90) and not changed[60, 20]
+    assert abs(rows.mean() - 60) < 1
+    assert abs(columns.mean() - 20) < 1
+    assert np.ptp(rows) < 12
+    assert plain.getpixel((20, 60)) == (90, 90, 90)
+    assert not changed[60, 20]
     for corner in ((0, 0), (79, 79), (0, 79)):
         assert ringed(plain, corner, "2").size == (80, 80)
 

@@ -17,8 +17,10 @@ def gradient(width: int, height: int) -> Image.Image:
 def test_short_side_is_seen_whole_and_the_long_side_is_centred():
     pixels = View(size=32).pixels(gradient(128, 64)).float()  # the middle half of x, all of y
     assert pixels.shape == (3, 32, 32)
-    assert pixels[0, :, 0].mean() == pytest.approx(64, abs=3) and pixels[0, :, -1].mean() == pytest.approx(191, abs=3)
-    assert pixels[1, 0].mean() < 4 and pixels[1, -1].mean() > 251
+    assert pixels[0, :, 0].mean() == pytest.approx(64, abs=3)
+    assert pixels[0, :, -1].mean() == pytest.approx(191, abs=3)
+    assert pixels[1, 0].mean() < 4
+    assert pixels[1, -1].mean() > 251
 
 
 def test_short_side_above_size_crops_both_axes():
@@ -29,7 +31,8 @@ def test_short_side_above_size_crops_both_axes():
 
 def test_squash_cuts_nothing_off():
     pixels = View(size=16, resize="squash").pixels(gradient(80, 40)).float()
-    assert pixels[0, :, 0].mean() < 9 and pixels[0, :, -1].mean() > 246
+    assert pixels[0, :, 0].mean() < 9
+    assert pixels[0, :, -1].mean() > 246
 
 
 def test_an_image_of_the_right_size_is_untouched():
@@ -37,7 +40,7 @@ def test_an_image_of_the_right_size_is_untouched():
     assert torch.equal(View(size=24).pixels(image), torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 
-@pytest.mark.parametrize("width, height", [(97, 31), (31, 97), (1, 40), (33, 32)])
+@pytest.mark.parametrize(("width", "height"), [(97, 31), (31, 97), (1, 40), (33, 32)])
 def test_odd_sides_give_the_size(width, height):
     assert View(size=32).pixels(gradient(width, height)).shape == (3, 32, 32)
 
