@@ -6,8 +6,8 @@ from torch import Tensor
 from dinov3_ext._paths import Path, explains, reference_forced
 from dinov3_ext.ops.sinkhorn_knopp import Potentials
 
-# Logits widened to fp32 at a time. On a CPU 4 MB, which the cache keeps: blocks of 64 MB take a fifth longer (48 against
-# 40 ms forward and backward of 64 x 65536 bf16, one core). Elsewhere large, for few launches.
+# Logits widened to fp32 at a time. On a CPU 4 MB, which the cache keeps: blocks of 64 MB take a fifth longer (48
+# against 40 ms forward and backward of 64 x 65536 bf16, one core). Elsewhere large, for few launches.
 LOGITS_AT_ONCE = {"cpu": 1 << 20}
 LOGITS_AT_ONCE_ELSEWHERE = 1 << 26
 
