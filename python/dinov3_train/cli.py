@@ -181,7 +181,7 @@ def demo(
     words: Words = None,
     quick: Annotated[bool, typer.Option("--quick", help="Under 90 seconds on two cores.")] = False,
 ) -> None:
-    """Pretrain on the photographs of scikit-image and scikit-learn and write a page of pictures: [out=FOLDER] [seed=0]."""
+    """Pretrain on photographs that scikit-image and scikit-learn bring, write a page: [out=FOLDER] [seed=0]."""
     from .demo import run_demo
 
     options = {

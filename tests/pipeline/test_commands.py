@@ -67,7 +67,9 @@ def test_knn_prints_and_writes_what_python_gives(dinov3, run, image_folder, tmp_
 
 
 def test_step_0_is_the_untrained_start(dinov3, run, image_folder):
-    _, text, _ = dinov3("evaluate", "knn", f"backbone={run[1]}", "step=0", f"train={image_folder}", f"test={image_folder}")
+    _, text, _ = dinov3(
+        "evaluate", "knn", f"backbone={run[1]}", "step=0", f"train={image_folder}", f"test={image_folder}"
+    )
     assert "mean per class" in text
     untrained, trained = load(run[1], step=0), load(run[1])
     assert not torch.equal(untrained.cls_token, trained.cls_token)
@@ -77,7 +79,9 @@ def test_step_0_is_the_untrained_start(dinov3, run, image_folder):
 def test_features_of_one_checkpoint(dinov3, run, image_folder, tmp_path):
     config, out = run
     path, checkpoint = tmp_path / "features.safetensors", out / "checkpoints" / "step_00000010"
-    status, text, error = dinov3("features", f"backbone={checkpoint}", f"data={image_folder}", f"out={path}", "pooling=cls+patch")
+    status, text, error = dinov3(
+        "features", f"backbone={checkpoint}", f"data={image_folder}", f"out={path}", "pooling=cls+patch"
+    )
     assert status == 0, error
     assert "40 x 64" in text
     wanted = extract(load(out, step=10), open_source(str(image_folder)), view(config), pooling="cls+patch")
@@ -87,7 +91,9 @@ def test_features_of_one_checkpoint(dinov3, run, image_folder, tmp_path):
 @pytest.mark.parametrize("kind", ["pca", "cosine"])
 def test_pictures(dinov3, run, image_folder, tmp_path, kind):
     path = tmp_path / f"{kind}.png"
-    status, _, error = dinov3("visualize", kind, f"backbone={run[1]}", f"data={image_folder}", f"out={path}", "images=2")
+    status, _, error = dinov3(
+        "visualize", kind, f"backbone={run[1]}", f"data={image_folder}", f"out={path}", "images=2"
+    )
     assert status == 0, error
     pixels = np.asarray(Image.open(path))
     assert min(pixels.shape[:2]) > 200

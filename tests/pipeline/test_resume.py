@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+
 from dinov3_train.build import load, run_config
 
 STEPS = 60
@@ -41,7 +42,7 @@ def _steps(out) -> list[int]:
 def test_killed_at_random_moments(uninterrupted, start_dinov3, recipe_file, image_folder, tmp_path, kills):
     out, generator, process = tmp_path / "run", random.Random(kills), None
     words = _words(recipe_file, image_folder, out)
-    for number in range(kills):
+    for _ in range(kills):
         process = start_dinov3(*words)
         # once training has begun, so that the moments spread over steps, checkpoint writes and renames
         _wait_for(lambda: (out / "config.yaml").exists() and process.poll() is None, process)

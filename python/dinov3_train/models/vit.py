@@ -77,7 +77,7 @@ class VisionTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """CLS and registers N(0, 0.02), linears truncated normal `init_std`, patch conv uniform, mask token and biases 0."""
+        """CLS and registers N(0, 0.02), linears truncated normal `init_std`, patch conv uniform, mask and biases 0."""
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.storage_tokens, std=0.02)
         nn.init.zeros_(self.mask_token)

@@ -1,6 +1,6 @@
 """A small ViT for two CPU cores: photographs of 128 px, 30 minutes, to see a backbone learn without a GPU.
 
-    dinov3 pretrain recipe=vit_tiny_cpu data=/path/to/images out=runs/vit_tiny_cpu
+dinov3 pretrain recipe=vit_tiny_cpu data=/path/to/images out=runs/vit_tiny_cpu
 """
 
 from dataclasses import replace
