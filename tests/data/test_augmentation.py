@@ -228,7 +228,7 @@ def test_all_orders_of_the_jitter_occur():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blur": "both"}, "crops.blur: expected one of paper, released, got 'both'"),
+        ({"blur": "both"}, "crops.blur: expected one of paper, released, none, got 'both'"),
         ({"globals": 0}, "globals >= 1"),
         ({"local_scale": (0.0, 0.3)}, "crops.local_scale: expected 0 < low <= high <= 1"),
         ({"global_scale": (0.9, 0.3)}, "crops.global_scale"),
