@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,7 +227,7 @@ def _batches(config: Config, source: Source, here: Ranks, start_step: int) -> It
         patch_size=config.backbone.patch_size,
         start_step=start_step,
         steps=run.steps,
-        workers=config.data.workers,
+        workers=min(os.cpu_count() or 1, 8) if config.data.workers is None else config.data.workers,
     )
     return iter(loader)
 

@@ -105,7 +105,7 @@ class Data:
 
     sources: tuple[str, ...] = ()
     labelled: tuple[str, ...] = ()  # train and test source for the online k-NN: empty, or exactly two
-    workers: int = 8
+    workers: int | None = None  # loader processes; None: one per core, at most 8. Any number gives the same images
     max_unreadable: float = 0.01  # share of images; above it the run stops with the list
 
 
