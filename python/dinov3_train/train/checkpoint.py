@@ -53,9 +53,9 @@ class Checkpoints:
         try:
             _write(_entries(state) | {"config": config_yaml, "random": _random_state()}, partial)
         except (Exception, CheckpointException) as error:  # torch's own is no Exception
+            free = shutil.disk_usage(self.folder).free / 2**20  # before the unfinished files go
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
-            free = shutil.disk_usage(self.folder).free / 2**20
             raise OSError(
                 f"checkpoint of step {state.step} could not be written to {self.folder}: {_root(error)}; "
                 f"{free:.0f} MiB free on that disk; newest complete checkpoint: {max(self.steps(), default='none')}"
