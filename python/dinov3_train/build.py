@@ -92,6 +92,11 @@ def pretrain(config: Config, out: str | Path, *, console: Console | None = None)
                 config_yaml=to_yaml(config),
                 progress=progress,
             )
+        progress.say(
+            f"stopped by a signal at step {state.step}; the checkpoint is written, the same command continues"
+            if reason == "signal"
+            else f"done: {state.step} steps, {folder.path}"
+        )
     return Finished(folder.path, state.step, reason)
 
 

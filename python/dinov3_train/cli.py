@@ -63,9 +63,7 @@ def pretrain(
         return
     finished = run(config, out, console=Console())
     if finished.reason == "signal":
-        print(f"stopped by a signal at step {finished.step}; the checkpoint is written, the same command continues")
         sys.exit(143)
-    print(f"done: {finished.step} steps, {finished.out}")
 
 
 def _config(words: list[str], command: str, *, need_out: bool):

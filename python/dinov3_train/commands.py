@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .build import load, run_config, view
+from .data.batch import patch_grid
 from .data.decode import UnreadableImage, decode
 from .data.sources import open_source
 from .evaluation.extract import Extracted, extract, save_features
@@ -106,12 +107,7 @@ def _photographs(spec: str, count: int) -> list[tuple[str, Image.Image]]:
 def _backbone(run: str, step: int | None, size: int | None):
     model = load(run, step=step).to("cuda" if torch.cuda.is_available() else "cpu")
     seen_as = view(run_config(_run_of(run)), size)
-    if seen_as.size % model.patch_size:
-        low = max(seen_as.size // model.patch_size, 1) * model.patch_size
-        raise ValueError(
-            f"size: expected a multiple of the patch size {model.patch_size}, got {seen_as.size}; "
-            f"nearest: {low}, {low + model.patch_size}"
-        )
+    patch_grid(seen_as.size, model.patch_size, "size")
     return model, seen_as
 
 

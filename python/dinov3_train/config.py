@@ -1,8 +1,9 @@
 """The typed description of a run: frozen sections and the `Config` that holds them.
 
 A recipe (`dinov3_train.recipes`) is a function that returns a `Config`; `key.sub=value` overrides are merged into the
-typed structure, so an unknown key or a wrong type is an error that names the nearest keys. Only `build.py`, `cli.py`
-and recipes read `Config`; models, losses and data take the plain section they own.
+typed structure, so an unknown key or a wrong type is an error that names the nearest keys. Only `build.py`,
+`validation.py`, `planning.py`, the command line and recipes read `Config`; models, losses and data take the plain
+section they own.
 
 Numbers cite the paper (arXiv 2508.10104) or the defaults of the released weights where the two differ.
 """

@@ -7,6 +7,7 @@ import os
 import torch
 
 from .config import Config, leaves, to_dict
+from .data.batch import patch_grid
 from .models.memory import TrainingMemory, training_memory
 
 # what may differ between a run and its continuation without making it another run
@@ -39,11 +40,7 @@ def check_settings(config: Config, world_size: int) -> None:
     """Errors: ValueError for settings that cannot work together on so many ranks."""
     run, crops, losses, patch = config.run, config.crops, config.losses, config.backbone.patch_size
     for key, size in (("crops.global_size", crops.global_size), ("crops.local_size", crops.local_size)):
-        if size % patch or size < patch:
-            low = max(size // patch, 1) * patch
-            raise ValueError(
-                f"{key}: expected a multiple of the patch size {patch}, got {size}; nearest: {low}, {low + patch}"
-            )
+        patch_grid(size, patch, key)
     parts = world_size * run.accumulate
     if run.batch_size < 1 or run.accumulate < 1 or run.batch_size % parts:
         raise ValueError(

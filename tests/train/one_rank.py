@@ -103,8 +103,8 @@ def exchanges(here: Ranks) -> dict:
         "sum": here.collectives.all_reduce(mine, "sum"),
         "max": here.collectives.all_reduce(mine, "max"),
         "kept": mine,
-        "any": any_rank(here.rank == 1, here.collectives, here.device),
-        "none": any_rank(False, here.collectives, here.device),
+        "any": any_rank((here.rank == 1, False), here.collectives, here.device)[0],
+        "none": any_rank((here.rank == 1, False), here.collectives, here.device)[1],
         "place": (here.rank, here.world_size, here.first, here.collectives.rank, here.collectives.world_size),
     }
 

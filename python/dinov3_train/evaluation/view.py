@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dinov3_train.data.batch import normalize
+
 RESIZES = ("short_side_center_crop", "squash")
 
 
@@ -64,9 +66,7 @@ class View:
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """fp32 of uint8 (..., 3, Y, X), on the same device: (pixels / 255 - mean) / std."""
-        mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
-        return (pixels.float() / 255.0 - mean) / std
+        return normalize(pixels, self.mean, self.std)
 
 
 def to_pixels(image: Image.Image) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -62,9 +62,10 @@ def barrier() -> None:
         dist.barrier()
 
 
-def any_rank(flag: bool, collectives: Collectives, device: torch.device) -> bool:
-    """Whether the flag is up on any rank."""
-    return bool(collectives.all_reduce(torch.tensor(float(flag), device=device), "max") > 0)
+def any_rank(flags: Sequence[bool], collectives: Collectives, device: torch.device) -> list[bool]:
+    """For each flag whether it is up on any rank, in one exchange."""
+    raised = torch.tensor([float(flag) for flag in flags], device=device)
+    return (collectives.all_reduce(raised, "max") > 0).tolist()
 
 
 def _all_reduce(tensor: Tensor, op: str) -> Tensor:

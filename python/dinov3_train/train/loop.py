@@ -92,8 +92,7 @@ def fit(
             if run.history_every and state.step % run.history_every == 0 and ranks.first:
                 save_history(folder.history, state)
             late = run.minutes is not None and time.monotonic() - clock.began >= 60.0 * run.minutes
-            stopping = any_rank(stop.is_set(), settings.collectives, ranks.device)
-            late = any_rank(late, settings.collectives, ranks.device)
+            stopping, late = any_rank((stop.is_set(), late), settings.collectives, ranks.device)
             if state.step % run.checkpoint_every == 0 or stopping or late:
                 checkpoints.save(state, config_yaml)
                 saved = state.step
