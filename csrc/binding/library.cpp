@@ -3,7 +3,12 @@
 
 #include "binding/ops.h"
 
-STABLE_TORCH_LIBRARY(dinov3_ext, m) {
+// The namespace is dinov3_ext, in the emulator's library dinov3_ext_emulator (CMakeLists.txt); through macros of our
+// own, so that its name is expanded before torch's macros paste it.
+#define DINOV3_EXT_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define DINOV3_EXT_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+
+DINOV3_EXT_LIBRARY(DINOV3_EXT_OPS, m) {
   m.def("sinkhorn_column_sums(Tensor logits, float temperature) -> (Tensor maxima, Tensor sums)");
   m.def("sinkhorn_finish(Tensor sums, Tensor shift) -> Tensor columns");
   m.def(
@@ -11,14 +16,14 @@ STABLE_TORCH_LIBRARY(dinov3_ext, m) {
       " -> (Tensor rows, Tensor sums)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dinov3_ext, CPU, m) {
+DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, CPU, m) {
   m.impl("sinkhorn_column_sums", TORCH_BOX(&dinov3_ext::sinkhorn_column_sums));
   m.impl("sinkhorn_finish", TORCH_BOX(&dinov3_ext::sinkhorn_finish));
   m.impl("sinkhorn_row_sums", TORCH_BOX(&dinov3_ext::sinkhorn_row_sums));
 }
 
 // Registered in a build without nvcc too: a CUDA tensor then gets the sentence that says so.
-STABLE_TORCH_LIBRARY_IMPL(dinov3_ext, CUDA, m) {
+DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, CUDA, m) {
   m.impl("sinkhorn_column_sums", TORCH_BOX(&dinov3_ext::sinkhorn_column_sums));
   m.impl("sinkhorn_finish", TORCH_BOX(&dinov3_ext::sinkhorn_finish));
   m.impl("sinkhorn_row_sums", TORCH_BOX(&dinov3_ext::sinkhorn_row_sums));

@@ -1,28 +1,39 @@
 // Sum and maximum over a thread block, in an order that depends on the block's size alone.
 #pragma once
 
+#include "core/primitives.cuh"
+
 namespace dinov3_ext {
 
 struct Add {
   static __device__ __forceinline__ float apply(float a, float b) { return a + b; }
 };
-struct Larger {
+struct Larger {  // a NaN on either side is dropped, as fmaxf does
   static __device__ __forceinline__ float apply(float a, float b) { return fmaxf(a, b); }
 };
 
+// Over the 32 lanes; every lane gets the result.
+template <class Operation>
+__device__ __forceinline__ float warp_reduce(float value) {
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) value = Operation::apply(value, shuffle_xor(value, mask));
+  return value;
+}
+
 // Every thread gets the result. `Threads` is a multiple of 32, at most 1024; all threads of the block call it.
+// scratch: shared address of Threads / 32 floats; free again at the next block_reduce or barrier.
 template <class Operation, int Threads>
-__device__ __forceinline__ float block_reduce(float value) {
+__device__ __forceinline__ float block_reduce(float value, uint32_t scratch) {
   static_assert(Threads % 32 == 0 && Threads <= 1024);
-  __shared__ float warps[Threads / 32];
+  value = warp_reduce<Operation>(value);
+  block_barrier();  // the previous call may still be reading
+  if (lane_index() == 0) store_shared(scratch + 4u * uint32_t(warp_index()), value);
+  block_barrier();
+  value = load_shared<float>(scratch);
 #pragma unroll
-  for (int lanes = 16; lanes; lanes /= 2) value = Operation::apply(value, __shfl_xor_sync(0xffffffffu, value, lanes));
-  __syncthreads();  // the previous call may still be reading
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = warps[0];
-#pragma unroll
-  for (int warp = 1; warp < Threads / 32; ++warp) value = Operation::apply(value, warps[warp]);
+  for (int warp = 1; warp < Threads / 32; ++warp) {
+    value = Operation::apply(value, load_shared<float>(scratch + 4u * uint32_t(warp)));
+  }
   return value;
 }
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dinov3_ext._paths import Path, explains, reference_forced
+from dinov3_ext._paths import Path, Question, explains, reference_forced
 from dinov3_ext.ops.sinkhorn_knopp import Potentials
 
 # Logits widened to fp32 at a time. On a CPU 4 MB, which the cache keeps: blocks of 64 MB take a fifth longer (48
@@ -177,8 +177,8 @@ def _check_inputs(
         raise ValueError(f"{op}: temperatures must be > 0; got {student_temperature} and {teacher_temperature}")
 
 
-@explains("assignment_cross_entropy")
-def _explain(device: torch.device, dtype: torch.dtype) -> Path:
+@explains("assignment_cross_entropy", "C", "B", "K")
+def _explain(question: Question) -> Path:
     return Path(
         "assignment_cross_entropy",
         "composition",

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3_ext._paths import Path, explains, reference_forced
+from dinov3_ext._paths import Path, Question, explains, reference_forced
 
 CLIPS = ("none", "both", "teacher")
 SMALLEST_NORM = 1e-12
@@ -116,8 +116,8 @@ def _check_inputs(op: str, student: Tensor, teacher: Tensor, clip: str) -> None:
         raise ValueError(f"{op}: clip must be one of {', '.join(CLIPS)}; got {clip!r}")
 
 
-@explains("gram_loss")
-def _explain(device: torch.device, dtype: torch.dtype) -> Path:
+@explains("gram_loss", "S", "N", "D")
+def _explain(question: Question) -> Path:
     return Path(
         "gram_loss",
         "composition",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3_ext._paths import Path, explains, reference_forced
+from dinov3_ext._paths import Path, Question, explains, reference_forced
 
 CPU_PRODUCTS_TOKENS = 320  # the longest sequence whose scores are written out on a CPU
 SEQUENCE_COLUMNS = ("first token", "tokens", "prefix length", "first y-row", "first x-row", "grid width")
@@ -304,21 +304,21 @@ def _check_inputs(op: str, qkv: Tensor, rope: Tensor, layout: Layout) -> None:
         )
 
 
-@explains("rope_attention")
-def _explain_attention(device: torch.device, dtype: torch.dtype) -> Path:
+@explains("rope_attention", "T", "H", "E")
+def _explain_attention(question: Question) -> Path:
     return Path(
         "rope_attention",
         "composition",
         "rotated in PyTorch, then per crop group "
         + (
             f"plain products up to {CPU_PRODUCTS_TOKENS} tokens, scaled_dot_product_attention beyond"
-            if device.type == "cpu"
+            if question.device.type == "cpu"
             else "one scaled_dot_product_attention"
         )
         + "; no kernel of our own yet",
     )
 
 
-@explains("rope_rotate")
-def _explain_rotate(device: torch.device, dtype: torch.dtype) -> Path:
+@explains("rope_rotate", "T", "H", "E")
+def _explain_rotate(question: Question) -> Path:
     return Path("rope_rotate", "composition", "PyTorch operations over all sequences at once; no kernel of our own yet")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dinov3_ext import _library
-from dinov3_ext._paths import Path, explains, reference_forced
+from dinov3_ext._paths import Path, Question, explains, for_each_library, native_ops, reference_forced
 from dinov3_ext.collectives import ALONE, Collectives
 
 KERNEL_DEVICES = ("cpu", "cuda")
@@ -61,7 +61,7 @@ def _sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int, collect
     rows, prototypes = logits.shape
     if (prototypes > 1 and logits.stride(1) != 1) or (rows > 1 and logits.stride(0) < prototypes):
         logits = logits.contiguous()
-    ops = torch.ops.dinov3_ext
+    ops = native_ops()
     maxima, sums = ops.sinkhorn_column_sums(logits, temperature)  # (K,) each
     largest = maxima
     if collectives.world_size > 1:
@@ -134,8 +134,9 @@ def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type in KERNEL_DEVICES and dtype in KERNEL_DTYPES
 
 
-@explains("sinkhorn_knopp")
-def _explain(device: torch.device, dtype: torch.dtype) -> Path:
+@explains("sinkhorn_knopp", "rows", "K")
+def _explain(question: Question) -> Path:
+    device, dtype = question.device, question.dtype
     if not _has_kernel(device, dtype):
         return Path("sinkhorn_knopp", "reference", f"no kernel for {dtype} on {device.type}")
     if _library.module is None:
@@ -148,20 +149,22 @@ def _explain(device: torch.device, dtype: torch.dtype) -> Path:
     return Path("sinkhorn_knopp", "kernel", f"own CUDA kernel, built for {info['cuda_architectures']}")
 
 
-if _library.module is not None:
+@for_each_library
+def _register(namespace: str) -> None:
+    fake = torch.library.register_fake
 
-    @torch.library.register_fake("dinov3_ext::sinkhorn_column_sums")
+    @fake(f"{namespace}::sinkhorn_column_sums")
     def _(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         return (
             logits.new_empty(logits.shape[1], dtype=torch.float32),
             logits.new_empty(logits.shape[1], dtype=torch.float32),
         )
 
-    @torch.library.register_fake("dinov3_ext::sinkhorn_finish")
+    @fake(f"{namespace}::sinkhorn_finish")
     def _(sums: Tensor, shift: Tensor) -> Tensor:
         return torch.empty_like(sums)
 
-    @torch.library.register_fake("dinov3_ext::sinkhorn_row_sums")
+    @fake(f"{namespace}::sinkhorn_row_sums")
     def _(
         logits: Tensor, previous: Tensor, columns: Tensor, temperature: float, column_sums: bool
     ) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "core/element.h"
+#include "core/parallel.h"
 
 namespace dinov3_ext {
 
@@ -49,10 +50,6 @@ struct SinkhornRowSums {
   float* rows;            // out (rows,)
   float* sums;            // out (prototypes,), or null together with `partial`
 };
-
-// torch::parallel_for's C form: calls body(begin, end, context) over [begin, end) on torch's own threads.
-using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
-using ParallelFor = void (*)(int64_t begin, int64_t end, ParallelBody body, void* context);
 
 int64_t sinkhorn_splits_cpu(int64_t rows);
 void sinkhorn_column_sums_cpu(const SinkhornColumnSums& args, ParallelFor parallel_for);

@@ -64,7 +64,8 @@ int sinkhorn_row_sums_cuda(const SinkhornRowSums& args, void* stream) {
   const SinkhornLogits& logits = args.logits;
   const int64_t splits = sinkhorn_splits_cuda(logits.rows, logits.prototypes);
   with_width(logits, [&]<Element E, int N>() {
-    if (logits.rows > 0) row_potential<E, N><<<unsigned(logits.rows), kRowThreads, 0, cuda_stream>>>(args);
+    if (logits.rows > 0)
+      row_potential<E, N><<<unsigned(logits.rows), kRowThreads, kRowThreads / 8, cuda_stream>>>(args);
     if (!args.partial) return;
     const dim3 grid(column_blocks(logits.prototypes, N), unsigned(splits));
     next_partial<E, N><<<grid, kColumnThreads, 0, cuda_stream>>>(args, rows_of_split(logits));

@@ -2,6 +2,8 @@
 // so aligned. Partial results go to a workspace and are added in the order of their index: no atomics.
 #pragma once
 
+#include <cmath>
+
 #include "core/block_reduce.cuh"
 #include "core/element.cuh"
 #include "core/primitives.cuh"
@@ -24,9 +26,9 @@ __device__ __forceinline__ const typename Storage<E>::Type* row_of(const Sinkhor
 template <Element E, int N>
 __global__ void __launch_bounds__(kColumnThreads) column_partial(SinkhornColumnSums args, int64_t rows_of_split) {
   const SinkhornLogits& logits = args.logits;
-  const int64_t k = (int64_t(blockIdx.x) * kColumnThreads + threadIdx.x) * N;
+  const int64_t k = (block_index<0>() * kColumnThreads + thread_index()) * N;
   if (k >= logits.prototypes) return;
-  const int64_t first = blockIdx.y * rows_of_split, last = min(first + rows_of_split, logits.rows);
+  const int64_t first = block_index<1>() * rows_of_split, last = min(first + rows_of_split, logits.rows);
   float maximum[N], sum[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) maximum[i] = -INFINITY, sum[i] = 0.f;
@@ -44,8 +46,8 @@ __global__ void __launch_bounds__(kColumnThreads) column_partial(SinkhornColumnS
       maximum[i] = highest;
     }
   }
-  float* maxima = args.partial + int64_t(blockIdx.y) * logits.prototypes + k;
-  float* sums = maxima + int64_t(gridDim.y) * logits.prototypes;
+  float* maxima = args.partial + block_index<1>() * logits.prototypes + k;
+  float* sums = maxima + grid_size<1>() * logits.prototypes;
 #pragma unroll
   for (int i = 0; i < N; ++i) maxima[i] = maximum[i], sums[i] = sum[i];
 }
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(kColumnThreads) column_partial(SinkhornColumnS
 // One thread per column: the splits' pairs in order. No splits (no rows): (-inf, 0).
 __global__ void __launch_bounds__(kColumnThreads) column_combine(SinkhornColumnSums args, int64_t splits) {
   const int64_t prototypes = args.logits.prototypes;
-  const int64_t k = int64_t(blockIdx.x) * kColumnThreads + threadIdx.x;
+  const int64_t k = block_index<0>() * kColumnThreads + thread_index();
   if (k >= prototypes) return;
   float maximum = -INFINITY, sum = 0.f;
   for (int64_t split = 0; split < splits; ++split) {
@@ -68,7 +70,7 @@ __global__ void __launch_bounds__(kColumnThreads) column_combine(SinkhornColumnS
 }
 
 __global__ void __launch_bounds__(kColumnThreads) finish(SinkhornFinish args) {
-  const int64_t k = int64_t(blockIdx.x) * kColumnThreads + threadIdx.x;
+  const int64_t k = block_index<0>() * kColumnThreads + thread_index();
   if (k < args.prototypes) args.columns[k] = args.sums[k] == 0.f ? 0.f : args.shift[k] - logf(args.sums[k]);
 }
 
@@ -79,7 +81,7 @@ __device__ __forceinline__ void visit_row(const SinkhornLogits& logits, int64_t 
                                           Visit visit) {
   const auto* x = row_of<E>(logits, row);
 #pragma unroll 2
-  for (int64_t k = int64_t(threadIdx.x) * N; k < logits.prototypes; k += kRowThreads * N) {
+  for (int64_t k = int64_t(thread_index()) * N; k < logits.prototypes; k += kRowThreads * N) {
     float value[N];
     load_elements<E, N>(x + k, value);
 #pragma unroll
@@ -90,31 +92,31 @@ __device__ __forceinline__ void visit_row(const SinkhornLogits& logits, int64_t 
 // One block per row: its potential.
 template <Element E, int N>
 __global__ void __launch_bounds__(kRowThreads) row_potential(SinkhornRowSums args) {
-  const int64_t row = blockIdx.x;
+  const int64_t row = block_index<0>();
   float shift = args.previous[row] * kLog2E;
   auto sum_with_shift = [&] {
     float sum = 0.f;
     visit_row<E, N>(args.logits, row, args.columns, [&](float score) { sum += exp2_approx(score + shift); });
-    return block_reduce<Add, kRowThreads>(sum);
+    return block_reduce<Add, kRowThreads>(sum, shared_base());
   };
   float sum = sum_with_shift();
   if (!(sum >= 0x1p-60f && sum <= 0x1p60f)) {  // the same for the whole block
     float maximum = -INFINITY;
     visit_row<E, N>(args.logits, row, args.columns, [&](float score) { maximum = fmaxf(maximum, score); });
-    maximum = block_reduce<Larger, kRowThreads>(maximum);
+    maximum = block_reduce<Larger, kRowThreads>(maximum, shared_base());
     shift = maximum > -INFINITY ? -maximum : 0.f;
     sum = sum_with_shift();
   }
-  if (threadIdx.x == 0) args.rows[row] = shift * kLn2 - logf(sum);
+  if (thread_index() == 0) args.rows[row] = shift * kLn2 - logf(sum);
 }
 
 // Grid and ownership as in column_partial: sums of the finished rows. partial: (splits, prototypes).
 template <Element E, int N>
 __global__ void __launch_bounds__(kColumnThreads) next_partial(SinkhornRowSums args, int64_t rows_of_split) {
   const SinkhornLogits& logits = args.logits;
-  const int64_t k = (int64_t(blockIdx.x) * kColumnThreads + threadIdx.x) * N;
+  const int64_t k = (block_index<0>() * kColumnThreads + thread_index()) * N;
   if (k >= logits.prototypes) return;
-  const int64_t first = blockIdx.y * rows_of_split, last = min(first + rows_of_split, logits.rows);
+  const int64_t first = block_index<1>() * rows_of_split, last = min(first + rows_of_split, logits.rows);
   float sum[N], column[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) sum[i] = 0.f, column[i] = args.columns[k + i] * kLog2E;
@@ -127,11 +129,11 @@ __global__ void __launch_bounds__(kColumnThreads) next_partial(SinkhornRowSums a
     for (int i = 0; i < N; ++i) sum[i] += exp2_approx(fmaf(x[i], logits.scale, column[i]) + potential);
   }
 #pragma unroll
-  for (int i = 0; i < N; ++i) args.partial[int64_t(blockIdx.y) * logits.prototypes + k + i] = sum[i];
+  for (int i = 0; i < N; ++i) args.partial[block_index<1>() * logits.prototypes + k + i] = sum[i];
 }
 
 __global__ void __launch_bounds__(kColumnThreads) next_combine(SinkhornRowSums args, int64_t splits) {
-  const int64_t k = int64_t(blockIdx.x) * kColumnThreads + threadIdx.x;
+  const int64_t k = block_index<0>() * kColumnThreads + thread_index();
   if (k >= args.logits.prototypes) return;
   float sum = 0.f;
   for (int64_t split = 0; split < splits; ++split) sum += args.partial[split * args.logits.prototypes + k];
