@@ -10,7 +10,7 @@ namespace {
 
 using dinov3_ext::CpuVariant;
 
-constexpr const char* kVariants[] = {"portable", "avx2", "avx512"};
+constexpr const char* kVariants[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 py::dict build_info() {
   py::dict info;

@@ -1,17 +1,40 @@
 // Which instruction set the CPU kernels use: chosen at run time, once, and changeable by tests.
+//
+// The members are ordered: a CPU that runs one runs all before it, so `variant >= CpuVariant::avx512` asks for AVX-512
+// or better. avx512_bf16 adds products of bf16 pairs (vdpbf16ps), amx adds products of bf16 tiles.
 #pragma once
 
 #include <atomic>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace dinov3_ext {
 
-enum class CpuVariant : int { portable, avx2, avx512 };
+enum class CpuVariant : int { portable, avx2, avx512, avx512_bf16, amx };
+
+// Tiles need the kernel's permission, for which a process asks once (the request is repeatable).
+inline bool amx_permitted() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (d & kBf16) && (d & kTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 inline CpuVariant best_cpu_variant() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
-    return CpuVariant::avx512;
+    if (!__builtin_cpu_supports("avx512bf16")) return CpuVariant::avx512;
+    return amx_permitted() ? CpuVariant::amx : CpuVariant::avx512_bf16;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CpuVariant::avx2;
 #endif
@@ -28,4 +51,7 @@ inline std::atomic<CpuVariant>& cpu_variant() {
 #if defined(__x86_64__)
 #define DINOV3_EXT_AVX2 __attribute__((target("avx2,fma")))
 #define DINOV3_EXT_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define DINOV3_EXT_AVX512_BF16 __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define DINOV3_EXT_AMX \
+  __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
 #endif

@@ -31,7 +31,7 @@ DINOV3_EXT_INLINE To bits_as(const From& from) {
 
 template <int W>
 DINOV3_EXT_INLINE typename Vector<W>::Float splat(float value) {
-  return typename Vector<W>::Float{} + value;
+  return value - typename Vector<W>::Float{};  // not 0 + value: that sum turns -0 into 0, so it costs an instruction
 }
 
 template <int W>
@@ -63,6 +63,35 @@ DINOV3_EXT_INLINE typename Vector<W>::Float load_element(const void* base, int64
     const auto scaled = bits_as<typename V::Unsigned>(bits_as<typename V::Float>(magnitude) * 0x1p112f);
     const auto special = (wide & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : scaled;
     return bits_as<typename V::Float>(special | ((wide & 0x8000u) << 16));
+  }
+}
+
+// W floats as elements of a tensor, rounded to the nearest, ties to even; overflow gives infinity, NaN stays NaN.
+template <Element E, int W>
+DINOV3_EXT_INLINE void store_element(void* base, int64_t index, typename Vector<W>::Float value) {
+  using V = Vector<W>;
+  if constexpr (E == Element::float32) {
+    store<W>(static_cast<float*>(base) + index, value);
+  } else {
+    const auto bits = bits_as<typename V::Unsigned>(value);
+    const auto magnitude = bits & 0x7fffffffu;
+    typename V::Unsigned rounded;
+    if constexpr (E == Element::bfloat16) {
+      rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+      rounded = magnitude > 0x7f800000u ? ((bits >> 16) | 0x40u) : rounded;
+    } else {
+      // Normal: correct the exponent's bias and round at bit 13. Subnormal: adding 1/2 leaves the result in the low
+      // bits.
+      const auto normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+      const auto small = bits_as<typename V::Unsigned>(bits_as<typename V::Float>(magnitude) + 0.5f) - 0x3f000000u;
+      const auto infinite = typename V::Unsigned{} + 0x7c00u;
+      rounded = magnitude < 0x38800000u ? small : normal;
+      rounded = magnitude >= 0x47800000u ? infinite : rounded;
+      rounded = magnitude > 0x7f800000u ? infinite + 0x200u : rounded;
+      rounded |= (bits >> 16) & 0x8000u;
+    }
+    const auto half = __builtin_convertvector(rounded, typename V::Half);
+    std::memcpy(static_cast<uint16_t*>(base) + index, &half, sizeof(half));
   }
 }
 

@@ -195,16 +195,16 @@ DINOV3_EXT_AVX512 void row_block_avx512(const SinkhornRowSums& args, int64_t beg
 
 ColumnTile column_tile_here() {
 #if defined(__x86_64__)
-  if (cpu_variant() == CpuVariant::avx512) return column_tile_avx512;
-  if (cpu_variant() == CpuVariant::avx2) return column_tile_avx2;
+  if (cpu_variant() >= CpuVariant::avx512) return column_tile_avx512;
+  if (cpu_variant() >= CpuVariant::avx2) return column_tile_avx2;
 #endif
   return column_tile_portable;
 }
 
 RowBlock row_block_here() {
 #if defined(__x86_64__)
-  if (cpu_variant() == CpuVariant::avx512) return row_block_avx512;
-  if (cpu_variant() == CpuVariant::avx2) return row_block_avx2;
+  if (cpu_variant() >= CpuVariant::avx512) return row_block_avx512;
+  if (cpu_variant() >= CpuVariant::avx2) return row_block_avx2;
 #endif
   return row_block_portable;
 }
