@@ -31,7 +31,7 @@ DINOV3_EXT_INLINE To bits_as(const From& from) {
 
 template <int W>
 DINOV3_EXT_INLINE typename Vector<W>::Float splat(float value) {
-  return value - typename Vector<W>::Float{};  // not 0 + value: that sum turns -0 into 0, so it costs an instruction
+  return typename Vector<W>::Float{} + value;  // GCC 12 builds other forms lane by lane: 16 masked broadcasts
 }
 
 template <int W>
