@@ -93,6 +93,8 @@ def test_torch_stays_out_of_kernels() -> None:
     for path in (ROOT / "csrc").rglob("*"):
         if path.is_dir() or path.name.endswith("_torch.cpp") or path.parent.name == "binding":
             continue
+        if path == ROOT / "csrc" / "emulator" / "module.cpp":  # the binding of a library that only the tests build
+            continue
         includes = re.findall(r'#include [<"]([^>"]+)', path.read_text())
         wrong = [name for name in includes if name.startswith(FRAMEWORKS)]
         assert not wrong, f"{path} includes {wrong}"

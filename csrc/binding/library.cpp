@@ -8,6 +8,13 @@
 #define DINOV3_EXT_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
 #define DINOV3_EXT_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
 
+#if defined(DINOV3_EXT_EMULATOR)  // every call is an operation of its own: what it announces is forgotten behind it
+#include "emulator/memory.h"
+#define DINOV3_EXT_BOX(function) TORCH_BOX(&dinov3_ext::emulator::AsOperation<function>::call)
+#else
+#define DINOV3_EXT_BOX(function) TORCH_BOX(function)
+#endif
+
 DINOV3_EXT_LIBRARY(DINOV3_EXT_OPS, m) {
   m.def("sinkhorn_column_sums(Tensor logits, float temperature) -> (Tensor maxima, Tensor sums)");
   m.def("sinkhorn_finish(Tensor sums, Tensor shift) -> Tensor columns");
@@ -17,14 +24,14 @@ DINOV3_EXT_LIBRARY(DINOV3_EXT_OPS, m) {
 }
 
 DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, CPU, m) {
-  m.impl("sinkhorn_column_sums", TORCH_BOX(&dinov3_ext::sinkhorn_column_sums));
-  m.impl("sinkhorn_finish", TORCH_BOX(&dinov3_ext::sinkhorn_finish));
-  m.impl("sinkhorn_row_sums", TORCH_BOX(&dinov3_ext::sinkhorn_row_sums));
+  m.impl("sinkhorn_column_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_column_sums));
+  m.impl("sinkhorn_finish", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_finish));
+  m.impl("sinkhorn_row_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_row_sums));
 }
 
 // Registered in a build without nvcc too: a CUDA tensor then gets the sentence that says so.
 DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, CUDA, m) {
-  m.impl("sinkhorn_column_sums", TORCH_BOX(&dinov3_ext::sinkhorn_column_sums));
-  m.impl("sinkhorn_finish", TORCH_BOX(&dinov3_ext::sinkhorn_finish));
-  m.impl("sinkhorn_row_sums", TORCH_BOX(&dinov3_ext::sinkhorn_row_sums));
+  m.impl("sinkhorn_column_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_column_sums));
+  m.impl("sinkhorn_finish", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_finish));
+  m.impl("sinkhorn_row_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_row_sums));
 }

@@ -96,12 +96,13 @@ const Range& Worker::range_of(uintptr_t address, uint32_t bytes, bool write, con
   uintptr_t distance = UINTPTR_MAX;
   for (const Range& range : all) {
     if (address >= range.begin && address + bytes <= range.end && (range.writable || !write)) return range;
-    const uintptr_t away = address < range.begin ? range.begin - address
+    const uintptr_t away = address < range.begin         ? range.begin - address
                            : address + bytes > range.end ? address + bytes - range.end
                                                          : 0;
     if (away < distance) nearest = &range, distance = away;
   }
-  if (!nearest) finding("out of bounds", thread, at, "%s of %u bytes at %p: no tensor was announced", word, bytes, pointer);
+  if (!nearest)
+    finding("out of bounds", thread, at, "%s of %u bytes at %p: no tensor was announced", word, bytes, pointer);
   const char* access = nearest->writable ? "writable" : "read-only";
   const long size = long(nearest->end - nearest->begin);
   if (distance == 0) {
@@ -183,8 +184,9 @@ void Worker::check_global_write(void* to, uint32_t bytes, const Location& at) {
         problem = "another block reads it";
       } else if (cell->constant_block >= first) {
         other_block = cell->constant_block;
-        problem = "this launch reads it through load_global, which promises that nobody writes it (load_global_once "
-                  "promises less)";
+        problem =
+            "this launch reads it through load_global, which promises that nobody writes it (load_global_once "
+            "promises less)";
       } else if (cell->writer_block == serial && cell->writer_thread != thread &&
                  cell->writer_epoch == barriers_passed) {
         other_block = serial, problem = "another thread writes it too, with no block barrier between them";

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "core/architecture.h"
 #include "emulator/runtime.h"
 
 namespace py = pybind11;
@@ -9,12 +10,14 @@ using namespace dinov3_ext::emulator;
 
 namespace {
 
-void configure(uint64_t seed, const std::string& cp_async, bool whole_tiles, bool races, int threads) {
+void configure(uint64_t seed, const std::string& cp_async, bool whole_tiles, bool races, int threads,
+               int architecture) {
   if (cp_async != "late" && cp_async != "now") {
     throw py::value_error("configure: cp_async must be \"late\" or \"now\"; got '" + cp_async + "'");
   }
   if (threads < 1 || threads > 64) throw py::value_error("configure: threads must be 1 to 64");
   options = {seed, cp_async == "late", whole_tiles, races, threads};
+  dinov3_ext::emulated_architecture().store(architecture);
 }
 
 py::dict counters() {
@@ -61,10 +64,12 @@ void mutate(const py::object& site, const std::string& kernel) {
 
 PYBIND11_MODULE(_emulator, m) {
   m.doc() = "Runs the CUDA kernels of dinov3_ext on the CPU, one fiber per CUDA thread, and checks what they do.";
-  m.def("configure", &configure, py::kw_only(), py::arg("seed") = 0, py::arg("cp_async") = "late",
-        py::arg("whole_tiles") = true, py::arg("races") = true, py::arg("threads") = 1,
-        "Settings of every launch from now on; what is not given takes its default. seed: 0 runs fibers and blocks in "
-        "order, another number in that random order. cp_async: \"late\" delivers copies at their wait, \"now\" at once.");
+  m.def(
+      "configure", &configure, py::kw_only(), py::arg("seed") = 0, py::arg("cp_async") = "late",
+      py::arg("whole_tiles") = true, py::arg("races") = true, py::arg("threads") = 1, py::arg("architecture") = 90,
+      "Settings of every launch from now on; what is not given takes its default. seed: 0 runs fibers and blocks in "
+      "order, another number in that random order. cp_async: \"late\" delivers copies at their wait, \"now\" at once. "
+      "architecture: of the GPU that launchers see.");
   m.def("counters", &counters, "{kernel: {counter: sum over its launches}} since reset_counters().");
   m.def("reset_counters", &reset_counters, "Forgets counters and sites.");
   m.def("last_report", &last_report, "Text of the last finding.");

@@ -56,7 +56,7 @@ std::string kernel_name(const std::string& signature) {
     if (c == '>' || c == ')' || c == '}') --depth;
   }
   std::string name = signature.substr(begin + start.size(), end - begin - start.size());
-  for (const char* prefix : {"dinov3_ext::", "(Element)", "Element::"}) {
+  for (const char* prefix : {"dinov3_ext::", "{anonymous}::", "(anonymous namespace)::", "Element::"}) {
     for (size_t at; (at = name.find(prefix)) != std::string::npos;) name.erase(at, std::strlen(prefix));
   }
   return name;
@@ -88,9 +88,10 @@ void fiber_main() {
 
 void Worker::finding(const char* kind, int by_thread, const Location& at, const char* format, ...) {
   char text[3000];
-  int length = std::snprintf(text, sizeof text, "%s in %s, block (%ld, %ld, %ld), thread %d (warp %d, lane %d), %s:%u: ",
-                             kind, launch->kernel.c_str(), long(block[0]), long(block[1]), long(block[2]), by_thread,
-                             by_thread >> 5, by_thread & 31, site_file(at), unsigned(at.line()));
+  int length =
+      std::snprintf(text, sizeof text, "%s in %s, block (%ld, %ld, %ld), thread %d (warp %d, lane %d), %s:%u: ", kind,
+                    launch->kernel.c_str(), long(block[0]), long(block[1]), long(block[2]), by_thread, by_thread >> 5,
+                    by_thread & 31, site_file(at), unsigned(at.line()));
   va_list arguments;
   va_start(arguments, format);
   length = std::min(length, int(sizeof text) - 1);
@@ -168,10 +169,10 @@ void Worker::go_on(bool last) {
       count += same;
     }
     if (listed || length > 1800) continue;
-    length += std::snprintf(text + length, sizeof text - size_t(length),
-                            "%s%d thread%s (first: %d) wait%s in %s at %s:%u", length ? "; " : "", count,
-                            count == 1 ? "" : "s", t, count == 1 ? "s" : "", fiber.waits_for, site_file(fiber.where),
-                            unsigned(fiber.where.line()));
+    length +=
+        std::snprintf(text + length, sizeof text - size_t(length), "%s%d thread%s (first: %d) wait%s in %s at %s:%u",
+                      length ? "; " : "", count, count == 1 ? "" : "s", t, count == 1 ? "s" : "", fiber.waits_for,
+                      site_file(fiber.where), unsigned(fiber.where.line()));
   }
   finding("deadlock", first, fibers[first].where, "%s; %d of %d threads have returned", text, returned, threads);
 }
@@ -294,7 +295,8 @@ void Worker::check_shared(uint32_t address, uint32_t bytes, bool write, int by_t
   }
   const Moment now = moment(by_thread);
   const Conflict met = write ? shadow.write(offset, bytes, now) : shadow.read(offset, bytes, now);
-  if (met.kind) [[unlikely]] conflict(met, address, bytes, write, by_thread, at);
+  if (met.kind) [[unlikely]]
+    conflict(met, address, bytes, write, by_thread, at);
 }
 
 void Worker::copy_async(uint32_t to, const void* from, bool valid, const Location& at) {
@@ -364,7 +366,8 @@ void Worker::run_block(const Launch& what, int64_t index) {
   ++epoch;
   random_ = mix(options.seed ^ mix(uint64_t(index))) | 1;
   while (int(stacks_.size()) < threads) {
-    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* stack =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) throw std::bad_alloc();
     mprotect(stack, 4096, PROT_NONE);
     stacks_.push_back(stack);
@@ -393,8 +396,8 @@ int run(const char* name, int64_t x, int64_t y, int64_t z, int threads, int shar
   if (x > INT32_MAX || y > 65535 || z > 65535 || x < 0 || y < 0 || z < 0 || threads < 32 || threads > 1024 ||
       threads % 32 || shared_bytes < 0 || shared_bytes > kMaxSharedBytes) {
     report = "invalid launch of " + kernel + ": " + std::to_string(x) + " x " + std::to_string(y) + " x " +
-             std::to_string(z) + " blocks of " + std::to_string(threads) + " threads, " +
-             std::to_string(shared_bytes) + " bytes of shared memory";
+             std::to_string(z) + " blocks of " + std::to_string(threads) + " threads, " + std::to_string(shared_bytes) +
+             " bytes of shared memory";
     set_finding();
     return kFinding;
   }

@@ -17,17 +17,17 @@ namespace dinov3_ext::emulator {
 
 using Location = std::source_location;
 
-inline constexpr int kFinding = 999;             // cudaErrorUnknown
-inline constexpr uint32_t kSharedBase = 1024;    // not 0: an address without the base is found
-inline constexpr int kMaxSharedBytes = 232448;   // of a block on sm_90; the smaller limits are the launchers' business
-inline constexpr size_t kStackBytes = 256 << 10; // of one CUDA thread, touched as needed
+inline constexpr int kFinding = 999;              // cudaErrorUnknown
+inline constexpr uint32_t kSharedBase = 1024;     // not 0: an address without the base is found
+inline constexpr int kMaxSharedBytes = 232448;    // of a block on sm_90; the smaller limits are the launchers' business
+inline constexpr size_t kStackBytes = 256 << 10;  // of one CUDA thread, touched as needed
 
 struct Options {
   uint64_t seed = 0;        // 0: fibers and blocks in order; else a random schedule of that number
   bool copies_late = true;  // copy_async delivers at the wait, else at once
   bool whole_tiles = true;  // products of tile.cuh in one step of the warp
   bool races = true;
-  int threads = 1;          // workers
+  int threads = 1;  // workers
 };
 extern Options options;
 inline bool whole_tiles() { return options.whole_tiles; }
@@ -121,9 +121,9 @@ struct Worker {
     const uint32_t* addresses;
   };
   void load_tile(TileLoad& lane, int matrices, const Location& at);
-  struct TileProduct {  // one lane's part of product_with_rows or product_with_columns
-    float* d;           // [left_tiles][right_tiles][4]
-    const uint32_t* a;  // [left_tiles][depth][4]
+  struct TileProduct {          // one lane's part of product_with_rows or product_with_columns
+    float* d;                   // [left_tiles][right_tiles][4]
+    const uint32_t* a;          // [left_tiles][depth][4]
     const uint32_t* addresses;  // [depth][right_tiles / 2]
   };
   void product(TileProduct& lane, Element element, bool transposed, int left_tiles, int right_tiles, int depth,

@@ -8,7 +8,7 @@
 namespace dinov3_ext::emulator {
 namespace {
 
-typedef float Rows __attribute__((vector_size(64)));       // one column of 16 rows
+typedef float Rows __attribute__((vector_size(64)));  // one column of 16 rows
 typedef uint16_t Eight16 __attribute__((vector_size(16)));
 typedef uint32_t Eight32 __attribute__((vector_size(32)));
 
@@ -199,7 +199,8 @@ void Worker::product(TileProduct& lane, Element element, bool transposed, int le
           for (int t = 0; t < 32; ++t) {
             addresses[t] = lanes[t]->addresses[(k * right_tiles + n) / 2];
             check_shared(addresses[t], 16, /*write=*/false, first + t, at);
-            const int line = t & 7, b = t >> 3 & 1, of_pair = t >> 4;  // matrix 2 of_pair + b is b[b] of tile n + of_pair
+            const int line = t & 7, b = t >> 3 & 1,
+                      of_pair = t >> 4;  // matrix 2 of_pair + b is b[b] of tile n + of_pair
             const int output = 8 * (n + of_pair) + (transposed ? 0 : line);
             const int product = 16 * k + 8 * b + (transposed ? line : 0);
             widen_eight<E>(shared_at(addresses[t]), right_.data() + output * n_stride + product * k_stride);

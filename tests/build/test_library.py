@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dinov3_ext
-from dinov3_ext import _library
+from dinov3_ext import _library, _paths
 from dinov3_ext._digest import source_digest
 
 METADATA = "Metadata-Version: 2.1\nName: dinov3-ext\nVersion: 0.1.0\n"
@@ -110,7 +110,8 @@ def test_a_stale_library_is_named(tmp_path: Path) -> None:
     assert _library.stale_text(digest, tmp_path / "csrc", Path("lib.so")) == ""  # installed: no sources beside it
 
 
-def test_the_emulator_is_refused_and_unknown_names_are_errors() -> None:
+def test_the_emulator_is_refused_and_unknown_names_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_paths, "_libraries", [_paths.NATIVE])  # as if no other test had loaded the emulator
     with pytest.raises(RuntimeError, match="emulator"), dinov3_ext.use("emulator"):
         pass
     with pytest.raises(ValueError, match='"reference" or "emulator"; got \'eager\''), dinov3_ext.use("eager"):
