@@ -1,6 +1,7 @@
-"""Benchmarks are bench_*.py: `pytest benchmarks` runs small shapes, `--full` those of the recipes."""
+"""Benchmarks are bench_*.py: `pytest benchmarks` runs small shapes on a CPU and those of the recipes on a GPU."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--full", action="store_true", help="benchmarks: shapes of the recipes, more rounds, torch.compile"
-    )
-    parser.addoption("--threads", type=int, default=1, help="benchmarks: CPU threads of torch")
+    group = parser.getgroup("benchmarks of dinov3_ext")
+    group.addoption("--full", action="store_true", help="on a CPU: larger shapes, more rounds, torch.compile")
+    group.addoption("--threads", type=int, default=1, help="CPU threads of torch")
+    group.addoption("--device", help="where to run (default: the GPU if there is one, else the CPU)")
+    group.addoption("--results", type=Path, help="CSV file to which one row per contender is appended")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,7 +23,44 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("--threads"))
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A bench file's `cases(level)` gives the tests of its function with an argument `case`."""
+    if "case" not in metafunc.fixturenames:
+        return
+    config = metafunc.config
+    level = "recipe" if device_of(config) != "cpu" else "full" if config.getoption("--full") else "small"
+    found = metafunc.module.cases(level)
+    metafunc.parametrize("case", found, ids=[case.title.replace(" ", "-") for case in found])
+
+
+def device_of(config: pytest.Config) -> str:
+    return config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @pytest.fixture
-def full(request: pytest.FixtureRequest) -> bool:
-    """Whether the large shapes were asked for."""
-    return request.config.getoption("--full")
+def bench(request: pytest.FixtureRequest, benchmark):
+    """bench(case): measures it, prints the report, and gives ours to pytest-benchmark too."""
+    import harness
+    import machine
+
+    config = request.config
+    device = device_of(config)
+    large = device != "cpu" or config.getoption("--full")
+
+    def run(case) -> None:
+        contenders = {k: v for k, v in case.contenders.items() if large or "compile" not in k}
+        case = replace(case, contenders=contenders)
+        command = "pytest " + " ".join(config.invocation_params.args)
+        benchmark.extra_info["report"] = harness.measure(
+            case, device=device, rounds=7 if large else 3, results=config.getoption("--results"), command=command
+        )
+        numbers = iter(range(10_000, 20_000))
+        ours = next(iter(contenders.values()))
+
+        def called(*inputs: object) -> None:
+            ours(*inputs)
+            machine.wait(device)
+
+        benchmark.pedantic(called, setup=lambda: (case.inputs(next(numbers), device), {}), rounds=3)
+
+    return run

@@ -1,17 +1,28 @@
 """rope_attention (rotation and attention of packed crops, forward and backward) against eager rotate-half and one
-scaled_dot_product_attention per crop group, and torch.compile of ours.
+scaled_dot_product_attention per crop group, and torch.compile of that.
 """
 
-import pytest
 import torch
 import torch.nn.functional as F
-from harness import paired, report
+from harness import Case, trained
 from torch import Tensor
 
 from dinov3_ext import Layout, rope_attention
 
-SMALL = ([(4, 6, 6), (8, 3, 3)], 3, 64)
-FULL = ([(8, 16, 16), (32, 7, 7)], 6, 64)
+# (groups of (sequences, patch rows, patch columns), heads, head width); five prefix tokens
+SHAPES = {
+    "small": [([(4, 6, 6), (8, 3, 3)], 3, 64)],
+    "full": [([(8, 16, 16), (32, 7, 7)], 6, 64)],
+    "recipe": [
+        ([(128, 16, 16)], 16, 64),  # ViT-L, 64 images: global crops of 256 px
+        ([(512, 7, 7)], 16, 64),  # local crops of 112 px
+        ([(128, 16, 16), (512, 7, 7)], 16, 64),  # both in one call
+        ([(32, 16, 16), (128, 7, 7)], 32, 128),  # 7B, 16 images
+        ([(16, 48, 48)], 16, 64),  # ViT-L, adaptation to 768 px
+        ([(8, 48, 48)], 32, 128),  # 7B, the same
+    ],
+}
+PREFIX = 5
 
 
 def eager(qkv: Tensor, table: Tensor, layout: Layout) -> Tensor:
@@ -35,30 +46,44 @@ def eager(qkv: Tensor, table: Tensor, layout: Layout) -> Tensor:
     return torch.cat(outs)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rope_attention(full: bool, dtype: torch.dtype, benchmark) -> None:
-    groups, heads, width = FULL if full else SMALL
-    layout = Layout.uniform(groups, prefix=5, tables="sequence")
+def cases(level: str) -> list[Case]:
+    dtypes = [torch.bfloat16] if level == "recipe" else [torch.bfloat16, torch.float32]
+    return [case(*shape, dtype) for shape in SHAPES[level] for dtype in dtypes]
+
+
+def case(groups: list[tuple[int, int, int]], heads: int, width: int, dtype: torch.dtype) -> Case:
+    layout = Layout.uniform(groups, prefix=PREFIX, tables="sequence")
     scale = width**-0.5
+    on_device: dict[str, Layout] = {}
 
-    def inputs(number: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(number + 1000)
-        angles = 6.3 * torch.rand(layout.rope_rows, width // 4, generator=generator)
-        qkv = torch.randn(layout.tokens, 3, heads, width, generator=generator).to(dtype).requires_grad_()
-        return [qkv, torch.stack([angles.cos(), angles.sin()], 1)]
+    def inputs(number: int, device: str) -> list[object]:
+        generator = torch.Generator(device).manual_seed(number + 1000)
+        angles = 6.3 * torch.rand(layout.rope_rows, width // 4, generator=generator, device=device)
+        qkv = torch.randn(layout.tokens, 3, heads, width, generator=generator, device=device)
+        there = on_device.setdefault(device, layout.to(device))
+        return [qkv.to(dtype).requires_grad_(), torch.stack([angles.cos(), angles.sin()], 1), there]
 
-    def trained(function):
-        return lambda qkv, table: function(qkv, table).sum().backward()
-
-    def ours(qkv: Tensor, table: Tensor) -> Tensor:
+    def ours(qkv: Tensor, table: Tensor, layout: Layout) -> Tensor:
         return rope_attention(qkv, table, layout, scale=scale)
 
-    contenders = {"ours": trained(ours), "eager": trained(lambda qkv, table: eager(qkv, table, layout))}
-    if full:
-        contenders["torch.compile, ours"] = trained(torch.compile(ours, fullgraph=True))
-    flops = 3 * sum(4 * count * heads * width * tokens**2 for count, tokens in layout.groups)
-    timings = paired(contenders, inputs, rounds=5 if full else 3)
-    title = f"rope_attention forward + backward, groups {layout.groups}, {heads} x {width}, {dtype}"
-    benchmark.extra_info["report"] = report(title, timings, flops=flops)
-    numbers = iter(range(10_000, 20_000))
-    benchmark.pedantic(contenders["ours"], setup=lambda: (inputs(next(numbers)), {}), rounds=3)
+    contenders = {
+        "ours": trained(ours),
+        "eager": trained(eager),
+        "torch.compile": trained(torch.compile(eager, fullgraph=True)),
+    }
+    elements = layout.tokens * heads * width  # of q alone
+    pairs = sum(count * tokens**2 for count, tokens in layout.groups)
+    e = dtype.itemsize
+    # Ours: forward reads q, k, v and writes out; backward reads these, out and its gradient, and writes three.
+    # Eager, fp32 rotation of 16-bit q and k, bytes per element: cast 6, x cos 8, negated half 4, cat 8, x sin 8, sum
+    # 12, cat of the prefix 8, cast back 6: 60 each, forward 2 x 60 + 8; backward about 80 each and 30 of attention's.
+    # Compiled: one kernel per rotation, 4 each, and the attention's own 8; backward 45.
+    return Case(
+        "rope_attention", dtype, f"{[(c, t) for c, t in layout.groups]} x {heads} x {width}, forward + backward",
+        inputs, contenders, moved=(4 + 8) * elements * e, flops=14 * pairs * heads * width,
+        eager_moved=(128 + 190) * elements, compiled_moved=(16 + 45) * elements,
+    )  # fmt: skip
+
+
+def test_rope_attention(case: Case, bench) -> None:
+    bench(case)

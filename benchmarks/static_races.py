@@ -1,0 +1,187 @@
+"""Before a release, by hand: a static verifier proves the PTX of every kernel free of races, for one small launch each.
+
+    pip install sentryward
+    python benchmarks/static_races.py [--only PATTERN] [--timeout SECONDS] [--mutants] [--case small]
+
+The launch and its arguments are those that the public functions make (tests/sass/launches.py); which of the argument
+bytes are pointers is known from the tensors that were handed over, and where the kernel reads them from its PTX. The
+PTX is that of sm_120, the only portable architecture the verifier knows. Prints race_free, potential_race, unsupported
+or timeout per kernel. `--mutants` also removes each barrier and each wait of a kernel in turn, until one of these
+copies is rejected: a verifier that never says no proves nothing.
+"""
+
+import argparse
+import json
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests" / "sass")]
+
+import compiled  # noqa: E402
+import launches  # noqa: E402
+
+ARCHITECTURE = 120
+LOAD = re.compile(r"ld\.param\.(?:v(\d)\.)?([bfsu])(8|16|32|64)\s+\{?[^[]*\[(\w+?)(?:\+(\d+))?\]")
+ORDERS_MEMORY = re.compile(r"^\s*(?:bar\.|barrier\.|cp\.async\.wait|bar\.warp)[^;]*;", re.MULTILINE)
+
+
+def entries(source: Path) -> dict[str, str]:
+    """symbol -> PTX file with that entry alone."""
+    key = compiled.digest(compiled.included(source), "ptx", str(ARCHITECTURE), *compiled.FLAGS)
+
+    def build(folder: Path) -> None:
+        flags = [flag for flag in compiled.FLAGS if flag != "--resource-usage"]
+        command = ["nvcc", *flags, f"-arch=sm_{ARCHITECTURE}", "-ptx", source, "-o", folder / "kernels.ptx"]
+        compiled.run(command, cwd=ROOT)
+
+    text = (compiled.keep_in_cache(f"{source.stem}-ptx", key, build) / "kernels.ptx").read_text()
+    parts = re.split(r"^(?=(?:\.visible |\.weak )?\.entry )", text, flags=re.MULTILINE)
+    bodies, around = {}, [parts[0]]
+    for part in parts[1:]:
+        end = re.search(r"^\}$", part, re.MULTILINE).end()
+        bodies[re.search(r"\.entry (\w+)", part).group(1)] = part[:end]
+        around.append(part[end:])
+    return {symbol: "".join(around) + "\n" + body + "\n" for symbol, body in bodies.items()}
+
+
+def parameter_offsets(sources: list[Path]) -> dict[tuple[str, int], int]:
+    """(symbol, ordinal) -> where that parameter lies among the recorded argument bytes."""
+    return {
+        (symbol, ordinal): offset
+        for source in sources
+        for symbol, where in launches.parameters(source, 90)
+        for ordinal, offset, _ in [map(int, where.split())]
+    }
+
+
+def reads(ptx: str) -> Iterator[tuple[str, int, str, int]]:
+    """(parameter, offset, kind, bytes) of everything the entry reads of its parameters."""
+    for count, kind, bits, parameter, offset in sorted(set(LOAD.findall(ptx))):
+        for index in range(int(count or 1)):
+            yield parameter, int(offset or 0) + index * int(bits) // 8, kind, int(bits) // 8
+
+
+def verifier_input(launch: launches.Launch, ptx: str, offsets: dict[tuple[str, int], int]) -> dict:
+    """The verifier's description of a launch: numbers as values, each tensor as an object of its own."""
+    arguments, declarations = [], []
+    for parameter, offset, kind, size in sorted(set(reads(ptx))):
+        ordinal = int(parameter.rsplit("_", 1)[1])
+        first = offsets[launch.symbol, ordinal] + offset
+        data = launch.arguments[first : first + size]
+        where = {"parameter": parameter, "offset": offset}
+        value = int.from_bytes(data, "little")
+        tensor = next((a for a, length in launch.tensors.items() if a <= value < a + max(length, 1)), None)
+        if size == 8 and tensor is not None:
+            declarations.append({**where, "type": "pointer", "space": "global", "object": f"tensor_{tensor:x}"})
+        elif kind == "f":
+            (number,) = struct.unpack("<f" if size == 4 else "<d", data)
+            arguments.append({**where, "type": f"f{8 * size}", "value": number})
+        else:
+            arguments.append({**where, "type": f"u{8 * size}", "value": value})
+    shape = {"grid_dim": launch.grid, "block_dim": launch.block, "cluster_dim": (1, 1, 1)}
+    return {
+        "schema": "spverify.kernel-input/v1",
+        "launch": {**shape, "dynamic_shared_bytes": launch.shared},
+        "arguments": arguments,
+        "declarations": declarations,
+    }
+
+
+def verdict(ptx: str, description: dict, timeout: int) -> tuple[str, str, float]:
+    """(result, first sentence of why, seconds)."""
+    with tempfile.TemporaryDirectory() as folder:
+        kernel, given = Path(folder, "kernel.ptx"), Path(folder, "input.json")
+        kernel.write_text(ptx)
+        given.write_text(json.dumps(description))
+        begin = time.monotonic()
+        command = ["sentryward", str(kernel), "--input", str(given), "--timeout", str(timeout)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout + 30)
+        except subprocess.TimeoutExpired:
+            return "timeout", "", time.monotonic() - begin
+        seconds = time.monotonic() - begin
+    try:
+        answer = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        return "error", (done.stderr or done.stdout).strip()[-300:], seconds
+    return answer.get("result", "error"), reason(answer), seconds
+
+
+def reason(answer: dict) -> str:
+    """The first message found in an answer, for people."""
+    waiting = [answer]
+    while waiting:
+        part = waiting.pop(0)
+        if isinstance(part, dict):
+            for key in ("message", "reason", "detail", "description"):
+                if isinstance(part.get(key), str):
+                    return part[key].splitlines()[0][:160]
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+    return ""
+
+
+def mutants(ptx: str) -> Iterator[tuple[str, str]]:
+    """(what was removed, PTX without it), one barrier or wait at a time."""
+    for match in ORDERS_MEMORY.finditer(ptx):
+        line = ptx[: match.start()].count("\n") + 1
+        yield f"{match.group().strip()} (line {line})", ptx[: match.start()] + ptx[match.end() :]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="pattern that the kernel's name must contain")
+    parser.add_argument("--timeout", type=int, default=300, help="seconds for one verdict")
+    parser.add_argument("--mutants", action="store_true")
+    parser.add_argument("--case", default="small", help="a function of tests/sass/cases.py")
+    parser.add_argument("--keep", type=Path, help="folder for the PTX and JSON handed to the verifier")
+    chosen = parser.parse_args()
+    sources = compiled.listed_sources("cuda_sources")
+    offsets = parameter_offsets(sources)
+    ptx = {symbol: text for source in sources for symbol, text in entries(source).items()}
+    names = compiled.short_names(ptx)
+    seen, bad = set(), 0
+    for launch in launches.record(ARCHITECTURE, chosen.case):
+        name = names[launch.symbol]
+        if launch.symbol in seen or not re.search(chosen.only, name):
+            continue
+        seen.add(launch.symbol)
+        given = verifier_input(launch, ptx[launch.symbol], offsets)
+        if chosen.keep:
+            chosen.keep.mkdir(parents=True, exist_ok=True)
+            (chosen.keep / f"{len(seen)}.ptx").write_text(ptx[launch.symbol])
+            (chosen.keep / f"{len(seen)}.json").write_text(json.dumps(given, indent=1))
+        result, why, seconds = verdict(ptx[launch.symbol], given, chosen.timeout)
+        shape = f"grid {'x'.join(map(str, launch.grid))}, {launch.threads} threads, {launch.shared} B"
+        why = "" if result == "race_free" else why
+        print(f"{result:15s} {seconds:6.1f} s  {name}  [{shape}; {launch.case}]  {why}", flush=True)
+        bad += result == "potential_race"
+        if chosen.mutants and result == "race_free":
+            bad += not rejects_a_mutant(ptx[launch.symbol], given, chosen.timeout)
+    raise SystemExit(f"{bad} kernels may race, or no mutant of theirs was rejected" if bad else 0)
+
+
+def rejects_a_mutant(ptx: str, given: dict, timeout: int) -> bool:
+    """Whether the verifier says no to one of the mutants; true for a kernel that orders nothing."""
+    tried = 0
+    for removed, mutant in mutants(ptx):
+        tried += 1
+        result, _, seconds = verdict(mutant, given, timeout)
+        print(f"    {result:15s} {seconds:6.1f} s  without {removed}", flush=True)
+        if result not in ("race_free", "unsupported", "timeout", "error"):
+            return True
+    return tried == 0
+
+
+if __name__ == "__main__":
+    if problem := compiled.missing_tool():
+        raise SystemExit(f"static_races: {problem}")
+    main()
