@@ -1,5 +1,5 @@
 """What every op asks a GPU to run: the public functions, called with tensors of any size, on a runtime that writes the
-launches down and runs nothing (recorder/runtime.cpp). So grids, shared memory and arguments are those of the package's
+launches down and runs nothing (recorder.cpp). So grids, shared memory and arguments are those of the package's
 own launchers, for each architecture, on a machine without a GPU.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import compiled
 
 HERE = Path(__file__).resolve().parent
-RECORDER = (HERE / "recorder" / "runtime.cpp", HERE / "recorder" / "emulator" / "memory.h")
+RECORDER = HERE / "recorder.cpp"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def record(architecture: int, which: str) -> tuple[Launch, ...]:
 def recorder_library() -> Path:
     """The recorder with all ops, built unless the cache has it; parameters.txt beside it."""
     lists = [compiled.listed_sources(name) for name in ("cuda_sources", "torch_sources", "cpu_sources")]
-    sources = [*RECORDER, *(file for source in itertools.chain(*lists) for file in compiled.included(source))]
+    sources = [RECORDER, *(file for source in itertools.chain(*lists) for file in compiled.included(source))]
     import torch
 
     key = compiled.digest(set(sources), torch.__version__, sys.version)
@@ -95,10 +95,10 @@ def _build(folder: Path, cuda: list[Path], binding: list[Path], cpu: list[Path])
     torch_root = Path(torch.__file__).parent
     host = ["g++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-w", "-DDINOV3_EXT_EMULATOR"]
     host += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020d000000000000", "-DDINOV3_EXT_OPS=dinov3_ext_emulator"]
-    host += ["-DDINOV3_EXT_WITH_CUDA", f"-I{HERE / 'recorder'}", "-Icsrc", f"-isystem{torch_root / 'include'}"]
+    host += ["-DDINOV3_EXT_WITH_CUDA", "-Icsrc", f"-isystem{torch_root / 'include'}"]
     host += [f"-isystem{sysconfig.get_paths()['include']}", "-c"]
     kernels = ["nvcc", "-std=c++20", "-O3", "-Icsrc", "-arch=sm_90", "-Xcompiler=-fPIC", "-c"]
-    work = [(kernels, source) for source in cuda] + [(host, source) for source in [*binding, *cpu, RECORDER[0]]]
+    work = [(kernels, source) for source in cuda] + [(host, source) for source in [*binding, *cpu, RECORDER]]
 
     def build(step: tuple[int, tuple[list[str], Path]]) -> Path:
         number, (command, source) = step

@@ -150,12 +150,19 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {
 
 namespace dinov3_ext {
 
-void emulator::announce(const void* data, int64_t bytes, bool) {
+namespace emulator {
+
+void announce(const void* data, int64_t bytes, bool) {
   char line[64];
   std::snprintf(line, sizeof line, "tensor %llu %lld\n", static_cast<unsigned long long>(uintptr_t(data)),
                 static_cast<long long>(bytes));
   recorder().lines += line;
 }
+void poison(void*, int64_t) {}  // nothing reads it
+Operation::Operation() {}
+Operation::~Operation() {}
+
+}  // namespace emulator
 
 const char* cuda_status_text(int) { return "refused by the recorder: more shared memory or blocks than that GPU has"; }
 
