@@ -91,6 +91,19 @@ __device__ __forceinline__ void load_left(uint32_t (&a)[MT][KT][4], Tile<Columns
   }
 }
 
+// a[m][k]: the transpose of the 16 x 16 elements at (row + 16 k, column + 16 m), as left operands.
+template <int MT, int KT, int Columns>
+__device__ __forceinline__ void load_left_transposed(uint32_t (&a)[MT][KT][4], Tile<Columns> tile, int row,
+                                                     int column) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m) {
+#pragma unroll
+    for (int k = 0; k < KT; ++k) {
+      load_matrices_transposed(a[m][k], left_address_transposed(tile, row + 16 * k, column + 16 * m, lane_index()));
+    }
+  }
+}
+
 // d[m][n] += sum over k of a[m][k] B^T, where B is the 8 NT x 16 KT part of the tile at (row, column): outputs n run
 // along the tile's rows. (Scores: queries in `a`, keys in the tile.)
 template <Element E, int MT, int NT, int KT, int Columns>
