@@ -25,6 +25,7 @@ FLOORS = {
 FRAMEWORKS = ("torch", "c10", "ATen", "pybind11", "Python", "binding")
 # Native sources that are still to be written; nothing else may be missing.
 AWAITED = (
+    "csrc/ops/gram_loss/gram_loss_cpu.cpp",
     "csrc/ops/rope_attention/rope_attention_cpu.cpp",
     "csrc/ops/rope_attention/rope_attention_cuda.cu",
     "csrc/ops/rope_attention/rope_attention_torch.cpp",

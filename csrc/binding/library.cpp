@@ -16,6 +16,7 @@
 #endif
 
 DINOV3_EXT_LIBRARY(DINOV3_EXT_OPS, m) {
+  m.def("gram_loss(Tensor student, Tensor teacher, str clip, bool gradient) -> (Tensor loss, Tensor grad)");
   m.def("sinkhorn_column_sums(Tensor logits, float temperature) -> (Tensor maxima, Tensor sums)");
   m.def("sinkhorn_finish(Tensor sums, Tensor shift) -> Tensor columns");
   m.def(
@@ -24,6 +25,7 @@ DINOV3_EXT_LIBRARY(DINOV3_EXT_OPS, m) {
 }
 
 DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, CPU, m) {
+  m.impl("gram_loss", DINOV3_EXT_BOX(&dinov3_ext::gram_loss));
   m.impl("sinkhorn_column_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_column_sums));
   m.impl("sinkhorn_finish", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_finish));
   m.impl("sinkhorn_row_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_row_sums));
@@ -31,6 +33,7 @@ DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, CPU, m) {
 
 // Registered in a build without nvcc too: a CUDA tensor then gets the sentence that says so.
 DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, CUDA, m) {
+  m.impl("gram_loss", DINOV3_EXT_BOX(&dinov3_ext::gram_loss));
   m.impl("sinkhorn_column_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_column_sums));
   m.impl("sinkhorn_finish", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_finish));
   m.impl("sinkhorn_row_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_row_sums));

@@ -3,6 +3,7 @@
 
 #include "core/cpu_variant.h"
 #include "core/cuda_status.h"
+#include "ops/gram_loss/gram_loss_plan.h"
 
 namespace py = pybind11;
 
@@ -39,6 +40,20 @@ void set_cpu_variant(const std::string& name) {
   throw py::value_error("set_cpu_variant: name must be one that this CPU runs (cpu_variants()); got '" + name + "'");
 }
 
+py::dict gram_loss_plan(int64_t images, int64_t patches, int64_t width, int parts, bool gradient) {
+  if (images < 1 || patches < 1 || width < 1 || parts < 1 || parts > 2) {
+    throw py::value_error("gram_loss_plan: sizes must be >= 1 and parts 1 or 2");
+  }
+  const dinov3_ext::GramPlan plan = dinov3_ext::gram_plan(images, patches, width, parts, gradient);
+  py::dict answer;
+  answer["tile"] = plan.tile;
+  answer["tiles"] = plan.tiles;
+  answer["chunk"] = plan.chunk;
+  answer["entries_bytes"] = plan.entries_bytes;
+  answer["workspace_bytes"] = plan.workspace_bytes();
+  return answer;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -47,4 +62,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_variant", &cpu_variant, "Instruction set the CPU kernels use.");
   m.def("cpu_variants", &cpu_variants, "Instruction sets this CPU runs, slowest first.");
   m.def("set_cpu_variant", &set_cpu_variant, py::arg("name"), "Changes the instruction set (for tests), process-wide.");
+  m.def("gram_loss_plan", &gram_loss_plan, py::arg("images"), py::arg("patches"), py::arg("width"), py::arg("parts"),
+        py::arg("gradient"), "Tiles and workspace of the CUDA kernels of gram_loss.");
 }

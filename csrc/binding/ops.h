@@ -3,11 +3,15 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <string_view>
 #include <tuple>
 
 namespace dinov3_ext {
 
 using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> gram_loss(const Tensor& student, const Tensor& teacher, std::string_view clip,
+                                     bool gradient);
 
 std::tuple<Tensor, Tensor> sinkhorn_column_sums(const Tensor& logits, double temperature);
 Tensor sinkhorn_finish(const Tensor& sums, const Tensor& shift);

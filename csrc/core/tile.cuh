@@ -91,7 +91,8 @@ __device__ __forceinline__ void load_left(uint32_t (&a)[MT][KT][4], Tile<Columns
   }
 }
 
-// a[m][k]: the transpose of the 16 x 16 elements at (row + 16 k, column + 16 m), as left operands.
+// a[m][k]: the transpose of the 16 x 16 elements at (row + 16 k, column + 16 m), as left operands: products run along
+// the tile's rows.
 template <int MT, int KT, int Columns>
 __device__ __forceinline__ void load_left_transposed(uint32_t (&a)[MT][KT][4], Tile<Columns> tile, int row,
                                                      int column) {

@@ -4,10 +4,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3_ext._paths import Path, Question, explains, reference_forced
+from dinov3_ext import _library
+from dinov3_ext._paths import (
+    Path,
+    Question,
+    emulator_forced,
+    explains,
+    for_each_library,
+    native_ops,
+    reference_forced,
+)
 
 CLIPS = ("none", "both", "teacher")
 SMALLEST_NORM = 1e-12
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Devices of the native op in this build.
+_KERNEL_DEVICES = ("cuda",) if _library.module is not None and _library.module.build_info()["cuda"] else ()
 
 
 def gram_loss(student: Tensor, teacher: Tensor, *, clip: str = "none") -> Tensor:
@@ -16,11 +28,12 @@ def gram_loss(student: Tensor, teacher: Tensor, *, clip: str = "none") -> Tensor
     loss = mean over s, i, j of (phi(cos(x_si, x_sj)) - psi(cos(y_si, y_sj)))^2;  phi, psi: identity or max(., 0)
 
     fp32 features stay fp32 under autocast: rounding them to bf16 costs 2 to 30 % of the gradient as student and teacher
-    come close. One image's similarities are held at a time, in forward; backward is a multiplication.
+    come close. The kernels take them as pairs of 16-bit numbers, three products for one. The similarities of all images
+    are never held at once; the gradient is computed in forward, backward is a multiplication.
 
     Args:
-        student: (S, N, D) features, fp32, bf16, fp16 or fp64.
-        teacher: (S, N, D) features; no gradient flows to them.
+        student: (S, N, D) features, fp32, bf16, fp16 or fp64; any strides.
+        teacher: (S, N, D) features, of the student's type or another; no gradient flows to them.
         clip: `"none"`; `"both"`: negative similarities count as zero on both sides; `"teacher"`: the teacher's only.
             Similarities of exactly zero pass the gradient.
     Returns:
@@ -34,7 +47,10 @@ def gram_loss(student: Tensor, teacher: Tensor, *, clip: str = "none") -> Tensor
     if reference_forced():
         return gram_loss_reference(student, teacher, clip=clip)
     gradient = student.requires_grad and torch.is_grad_enabled()
-    return torch.ops.dinov3_ext.gram_loss(student, teacher.detach(), clip, gradient)[0]
+    native = emulator_forced() or student.device.type in _KERNEL_DEVICES
+    native = native and student.dtype in KERNEL_DTYPES and teacher.dtype in KERNEL_DTYPES
+    op = native_ops().gram_loss if native else torch.ops.dinov3_ext.gram_loss_composition
+    return op(student, teacher.detach(), clip, gradient)[0]
 
 
 def gram_loss_reference(student: Tensor, teacher: Tensor, *, clip: str = "none") -> Tensor:
@@ -53,14 +69,19 @@ def gram_loss_reference(student: Tensor, teacher: Tensor, *, clip: str = "none")
         return (similarity - target).square().mean()
 
 
-@torch.library.custom_op("dinov3_ext::gram_loss", mutates_args=())
-def _gram_loss(student: Tensor, teacher: Tensor, clip: str, gradient: bool) -> tuple[Tensor, Tensor]:
-    """(loss (), d loss / d student (S, N, D), or (0,) when not asked for)."""
+def _grad_dtype(student: Tensor) -> torch.dtype:
+    """The gradient waits for its upstream factor, often the scale of an fp16 loss: without it fp16 is too narrow."""
+    return torch.float32 if student.dtype is torch.float16 else student.dtype
+
+
+@torch.library.custom_op("dinov3_ext::gram_loss_composition", mutates_args=())
+def _composition(student: Tensor, teacher: Tensor, clip: str, gradient: bool) -> tuple[Tensor, Tensor]:
+    """The native op in PyTorch operations: (loss (), d loss / d student (S, N, D), or (0,) when not asked for)."""
     wide = torch.float64 if student.dtype is torch.float64 else torch.float32
     images, patches, _ = student.shape
-    entries = max(images * patches * patches, 1)
+    entries = images * patches * patches
     loss = student.new_zeros((), dtype=wide)
-    grad = torch.empty_like(student) if gradient else student.new_empty(0)
+    grad = student.new_empty(student.shape if gradient else 0, dtype=_grad_dtype(student))
     with torch.autocast(student.device.type, enabled=False):
         for image in range(images):
             x = student[image].to(wide)
@@ -81,23 +102,31 @@ def _gram_loss(student: Tensor, teacher: Tensor, clip: str, gradient: bool) -> t
     return loss / entries, grad
 
 
-@_gram_loss.register_fake
-def _(student: Tensor, teacher: Tensor, clip: str, gradient: bool) -> tuple[Tensor, Tensor]:
+def _fake(student: Tensor, teacher: Tensor, clip: str, gradient: bool) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if student.dtype is torch.float64 else torch.float32
-    return student.new_empty((), dtype=wide), torch.empty_like(student) if gradient else student.new_empty(0)
+    grad = student.new_empty(student.shape if gradient else 0, dtype=_grad_dtype(student))
+    return student.new_empty((), dtype=wide), grad
 
 
 def _keep_gradient(ctx, inputs, output) -> None:
+    ctx.student_dtype = inputs[0].dtype
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _scale_gradient(ctx, loss_grad: Tensor, _: Tensor | None) -> tuple:
     (grad,) = ctx.saved_tensors
-    return (grad * loss_grad).to(grad.dtype), None, None, None
+    return (grad * loss_grad).to(ctx.student_dtype), None, None, None
 
 
-_gram_loss.register_autograd(_scale_gradient, setup_context=_keep_gradient)
+_composition.register_fake(_fake)
+_composition.register_autograd(_scale_gradient, setup_context=_keep_gradient)
+
+
+@for_each_library
+def _register(namespace: str) -> None:
+    torch.library.register_fake(f"{namespace}::gram_loss", _fake)
+    torch.library.register_autograd(f"{namespace}::gram_loss", _scale_gradient, setup_context=_keep_gradient)
 
 
 def _check_inputs(op: str, student: Tensor, teacher: Tensor, clip: str) -> None:
@@ -118,8 +147,22 @@ def _check_inputs(op: str, student: Tensor, teacher: Tensor, clip: str) -> None:
 
 @explains("gram_loss", "S", "N", "D")
 def _explain(question: Question) -> Path:
+    device, dtype = question.device, question.dtype
+    composition = "PyTorch operations, one image at a time, gradient in forward"
+    if dtype not in KERNEL_DTYPES or device.type != "cuda":
+        return Path("gram_loss", "composition", f"{composition}; no kernel for {dtype} on {device.type}")
+    if _library.module is None:
+        return Path("gram_loss", "composition", f"{composition}; {_library.problem}")
+    if device.type not in _KERNEL_DEVICES:
+        return Path("gram_loss", "composition", f"{composition}; the library was built without nvcc: no CUDA kernels")
+    numbers = "pairs of fp16 numbers, three products for one" if dtype is torch.float32 else "one fp16 number each"
+    reason = f"own CUDA kernels, features on scaled rows as {numbers}"
+    if question.shape is None or 0 in question.shape:
+        return Path("gram_loss", "kernel", reason)
+    plan = _library.module.gram_loss_plan(*question.shape, 2 if dtype is torch.float32 else 1, True)
     return Path(
         "gram_loss",
-        "composition",
-        "PyTorch operations, one image at a time, gradient in forward; no kernel of our own yet",
+        "kernel",
+        f"{reason}; tiles of {plan['tile']} x {plan['tile']}, {plan['tiles']} an image, on every architecture; "
+        f"{plan['chunk']} images at a time, workspace {plan['workspace_bytes'] / 2**20:.1f} MiB",
     )

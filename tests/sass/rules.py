@@ -19,6 +19,8 @@ TENSOR_CORES = {
     "rope_attention": r"(?!.*(delta|rotate|prepare|preprocess|combine)).*attention.*",
     "gram_loss": r".*(similarit|product|tile|gradient).*",
 }
+# Ops that multiply fp16 numbers, whatever the type of their tensors.
+FLOAT16_PRODUCTS = ("gram_loss",)
 # Kernels whose last template argument says how many elements a thread takes at a time: 16 bytes need wide loads.
 VECTOR = re.compile(r"<(bfloat16|float16|float32),.*?(\d+)>$")
 
@@ -61,7 +63,7 @@ def tensor_cores(k: Kernel) -> Iterator[str]:
     if not products:
         return
     rounded = k.count(r"HMMA\.16816\.F32\.BF16")
-    if "float16" in k.name and "bfloat16" not in k.name and rounded:
+    if rounded and (k.op in FLOAT16_PRODUCTS or ("float16" in k.name and "bfloat16" not in k.name)):
         yield f"{rounded} bfloat16 products in a float16 kernel"
     if ("bfloat16" in k.name or "float32" in k.name) and rounded != products:
         yield f"{products - rounded} of {products} products are not bfloat16"

@@ -1,0 +1,79 @@
+// What the kernels of gram_loss share: numbers, workspace, names.
+//
+// Four kernels, the first three once per chunk of images:
+//   pack      features -> 16-bit numbers on rows scaled by a power of two, and the rows' inverse norms
+//   tiles     products of rows on lower-triangular tiles, both tensors; loss; F; row sums for t
+//   gradient  F times the packed features, and the epilogue with t
+//   sum       the tiles' losses, in the order of their index
+//
+// Numbers. Row i is scaled to x'[i] = 2^k[i] x[i] with 2^14 <= |x'[i]| < 2^15 (exact) and written as fp16: bf16 and
+// fp16 features fit in one number, fp32 features in two, x' = high + low with an error below 2^-22 |x'|. Of the
+// products three are taken, high high + high low + low high. Splitting into bf16 pairs without scaling costs the same
+// and loses 60 times more: it breaks the accuracy rule by 10 to 100 (counted against float64). Products are summed raw
+// in fp32; norms, clips and differences come after.
+//
+// The gradient needs D[i, j] r[j] for rows i of a tile and D[i, j] r[i] for its mirror image. With u[i] = 2^14 /
+// |x'[i]|, 1/2 < u <= 1, both follow from one symmetric F[i, j] = 2^14 u[i] u[j] D[i, j]:
+//   sum over j of D[i, j] r[j] x[j] = 2^-28 / u[i] sum over j of F[i, j] x'[j]
+// so that F is stored once per pair, as x' is in one or two fp16 numbers, and read along rows or columns: N^2 bytes per
+// image and part. u[i] cancels against the r[i] in front.
+#pragma once
+
+#include "core/launch.cuh"
+#include "core/tile.cuh"
+#include "ops/gram_loss/gram_loss_plan.h"
+
+namespace dinov3_ext {
+
+inline constexpr Element kGramElement = Element::float16;  // of packed features and of F
+inline constexpr int kGramDepth = 32;                      // products per step of a tile's loop
+
+// Per-row numbers; a row's are `patches` apart.
+enum GramRow : int {
+  kStudentInverse,  // 1 / |x'|
+  kStudentSelf,     // S[i, i]: 1, or for a short row (|x| / 1e-12)^2
+  kStudentAlong,    // 2^14 u^2, which t x' is multiplied by; 0 for a short row
+  kStudentScale,    // 2^(k - 42)
+  kTeacherInverse,
+  kTeacherSelf,
+};
+
+// One chunk of images.
+struct GramWork {
+  int64_t patches, width, packed_width, blocks, tiles;
+  uint16_t* student;  // packed: (images, parts, patches, packed_width)
+  uint16_t* teacher;
+  float* rows;        // (images, kGramRowFields, patches)
+  float* losses;      // (images, tiles)
+  float* along;       // (images, blocks, blocks tile): sums over the columns of tile column b of D'[i, j] S[i, j]
+  uint16_t* entries;  // F: (images, tiles, parts, tile, tile); null: no gradient
+  float lowest_student, lowest_teacher;  // what clips to zero lies below: 0, or -inf for no clip
+  void* grad;                            // (images, patches, width), or null
+  bool grad_is_bfloat16;                 // else fp32
+  float coefficient;                     // 4 / (images patches^2) of the whole batch
+};
+
+// Thread layout of a tile: warps of Rows x 32.
+template <int Tile>
+struct GramTile {
+  static_assert(Tile == 64 || Tile == 128);
+  static constexpr int kThreads = Tile == 128 ? 256 : 128;
+  static constexpr int kWarpRows = Tile == 128 ? 64 : 32;
+  static constexpr int kWarpColumns = 32;
+  static constexpr int kDown = Tile / kWarpRows, kAcross = Tile / kWarpColumns;  // warps
+  static constexpr int MT = kWarpRows / 16, NT = kWarpColumns / 8;
+  static __device__ __forceinline__ int row() { return warp_index() % kDown * kWarpRows; }
+  static __device__ __forceinline__ int column() { return warp_index() / kDown * kWarpColumns; }
+};
+
+__device__ __forceinline__ int64_t triangle(int64_t n) { return n * (n + 1) / 2; }
+
+// Row and column of tile `index` of a lower triangle, row by row.
+__device__ __forceinline__ void triangle_place(int64_t index, int64_t& row, int64_t& column) {
+  row = int64_t(sqrtf(2.f * float(index)));
+  while (triangle(row) > index) --row;
+  while (triangle(row + 1) <= index) ++row;
+  column = index - triangle(row);
+}
+
+}  // namespace dinov3_ext

@@ -1,0 +1,255 @@
+// Similarities of both tensors on one tile of the lower triangle: loss, F, and the sums for t. No N x N matrix of
+// similarities exists outside of registers.
+//
+// A block of 8 warps owns 128 x 128 (4 warps: 64 x 64) pairs of rows, and walks the width in steps of 32: first the
+// student's, then the teacher's, into two sets of accumulators (2 x 64 registers a thread). Per step it loads 2 tiles
+// (1 on the diagonal) of 8 KB per part, three steps (four with one part) in flight: 96 KB with two parts, what every
+// architecture has. Per 32 KB a warp issues 96 products against 28 matrix loads and 8 asynchronous copies, so tensor
+// cores bound it everywhere. Both tensors side by side in one step would need 64 KB a step: two steps, 128 KB.
+#pragma once
+
+#include "core/block_reduce.cuh"
+#include "ops/gram_loss/gram_loss_cuda.cuh"
+
+namespace dinov3_ext {
+
+template <int Tile, int Parts>
+struct GramTiles {
+  static constexpr int kStages = Parts == 2 ? 3 : 4;
+  static constexpr int kOperandBytes = Tile * kGramDepth * 2;
+  static constexpr int kStageBytes = 2 * Parts * kOperandBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static constexpr int kStagedBytes = Parts * Tile * Tile * 2;  // F, where the steps' operands were
+  static_assert(kStagedBytes + (GramTile<Tile>::kAcross + GramTile<Tile>::kDown) * Tile * 4 + 32 <= kSharedBytes);
+};
+
+// Starts copying step `step`: rows row_block and column_block of the student's or, from `depth_steps` on, the teacher's
+// packed features.
+template <int Tile, int Parts>
+__device__ __forceinline__ void start_features(const GramWork& work, int64_t image, int64_t row_block,
+                                               int64_t column_block, int step, int depth_steps, uint32_t stage) {
+  const bool teacher = step >= depth_steps;
+  const int64_t plane = work.patches * work.packed_width;
+  const uint16_t* from = (teacher ? work.teacher : work.student) + image * Parts * plane +
+                         (teacher ? step - depth_steps : step) * kGramDepth;
+  constexpr int kThreads = GramTile<Tile>::kThreads, kBytes = GramTiles<Tile, Parts>::kOperandBytes;
+#pragma unroll
+  for (int part = 0; part < Parts; ++part) {
+    const int64_t first = row_block * Tile;
+    copy_tile_async<Tile, kThreads>(dinov3_ext::Tile<kGramDepth>{stage + uint32_t(part * kBytes)},
+                                    from + part * plane + first * work.packed_width, work.packed_width,
+                                    int(work.patches - first));
+    if (column_block == row_block) continue;
+    const int64_t other = column_block * Tile;
+    copy_tile_async<Tile, kThreads>(dinov3_ext::Tile<kGramDepth>{stage + uint32_t((Parts + part) * kBytes)},
+                                    from + part * plane + other * work.packed_width, work.packed_width,
+                                    int(work.patches - other));
+  }
+}
+
+// Adds one step's products.
+template <int Tile, int Parts, int MT, int NT>
+__device__ __forceinline__ void add_products(float (&sums)[MT][NT][4], uint32_t stage, bool diagonal) {
+  using Layout = GramTile<Tile>;
+  constexpr uint32_t kBytes = GramTiles<Tile, Parts>::kOperandBytes;
+  const uint32_t right = diagonal ? stage : stage + Parts * kBytes;
+  const dinov3_ext::Tile<kGramDepth> row_high{stage}, row_low{stage + kBytes};
+  const dinov3_ext::Tile<kGramDepth> column_high{right}, column_low{right + kBytes};
+#pragma unroll
+  for (int k = 0; k < kGramDepth; k += 16) {
+    uint32_t a[MT][1][4];
+    if constexpr (Parts == 2) {
+      load_left(a, row_low, Layout::row(), k);
+      product_with_rows<kGramElement>(sums, a, column_high, Layout::column(), k);
+    }
+    load_left(a, row_high, Layout::row(), k);
+    if constexpr (Parts == 2) product_with_rows<kGramElement>(sums, a, column_low, Layout::column(), k);
+    product_with_rows<kGramElement>(sums, a, column_high, Layout::column(), k);
+  }
+}
+
+// Sums over the lanes that hold the same row (mask 1, 2) or column (mask 4, 8, 16) of accumulators.
+__device__ __forceinline__ float sum_of_row(float value) {
+  value += shuffle_xor(value, 1);
+  return value + shuffle_xor(value, 2);
+}
+__device__ __forceinline__ float sum_of_column(float value) {
+  value += shuffle_xor(value, 4);
+  value += shuffle_xor(value, 8);
+  return value + shuffle_xor(value, 16);
+}
+
+// Rounds F, held in `f`, into shared memory. f is left with what its parts did not hold.
+template <int Tile, int Parts, int MT, int NT>
+__device__ __forceinline__ void stage_entries(float (&f)[MT][NT][4], uint32_t shared) {
+  using Layout = GramTile<Tile>;
+#pragma unroll
+  for (int part = 0; part < Parts; ++part) {
+    const dinov3_ext::Tile<Tile> staged{shared + uint32_t(part * Tile * Tile * 2)};
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int q = 0; q < 4; q += 2) {
+          const uint32_t rounded = pack<kGramElement>(f[m][n][q], f[m][n][q + 1]);
+          if (part + 1 < Parts) {
+            const float2 taken = unpack<kGramElement>(rounded);
+            f[m][n][q] -= taken.x, f[m][n][q + 1] -= taken.y;
+          }
+          store_shared(
+              staged.element(Layout::row() + 16 * m + accumulator_row(q), Layout::column() + accumulator_column(n, q)),
+              rounded);
+        }
+      }
+    }
+  }
+}
+
+// Writes the staged F in 16-byte pieces.
+template <int Tile, int Parts>
+__device__ __forceinline__ void store_entries(uint16_t* to, uint32_t shared) {
+  constexpr int kChunks = Tile / 8;
+#pragma unroll 4
+  for (int index = thread_index(); index < Parts * Tile * kChunks; index += GramTile<Tile>::kThreads) {
+    const int part = index / (Tile * kChunks), row = index / kChunks % Tile, chunk = index % kChunks;
+    const dinov3_ext::Tile<Tile> staged{shared + uint32_t(part * Tile * Tile * 2)};
+    store_global(reinterpret_cast<uint4*>(to) + index, load_shared<uint4>(staged.address(row, chunk)));
+  }
+}
+
+// grid (images tiles)
+template <int Tile, int Parts>
+__global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_tiles(GramWork work) {
+  using Layout = GramTile<Tile>;
+  using Stages = GramTiles<Tile, Parts>;
+  constexpr int MT = Layout::MT, NT = Layout::NT;
+  const int64_t image = block_index<0>() / work.tiles, index = block_index<0>() % work.tiles;
+  int64_t row_block, column_block;
+  triangle_place(index, row_block, column_block);
+  const bool diagonal = row_block == column_block;
+  const uint32_t shared = shared_base();
+
+  float student[MT][NT][4] = {}, teacher[MT][NT][4] = {};
+  const int depth_steps = int((work.width + kGramDepth - 1) / kGramDepth), steps = 2 * depth_steps;
+  const auto stage_of = [&](int step) { return shared + uint32_t(step % Stages::kStages * Stages::kStageBytes); };
+  const auto start = [&](int step) {
+    if (step < steps) {
+      start_features<Tile, Parts>(work, image, row_block, column_block, step, depth_steps, stage_of(step));
+    }
+    copy_async_commit();
+  };
+#pragma unroll
+  for (int step = 0; step < Stages::kStages - 1; ++step) start(step);
+  const auto next = [&](int step) {
+    copy_async_wait<Stages::kStages - 2>();
+    block_barrier();  // step `step` is there for all, and none still reads step `step - 1`, whose place is filled next
+    start(step + Stages::kStages - 1);
+  };
+#pragma unroll 1
+  for (int step = 0; step < depth_steps; ++step) {
+    next(step);
+    add_products<Tile, Parts>(student, stage_of(step), diagonal);
+  }
+#pragma unroll 1
+  for (int step = depth_steps; step < steps; ++step) {
+    next(step);
+    add_products<Tile, Parts>(teacher, stage_of(step), diagonal);
+  }
+  block_barrier();  // shared memory is free
+
+  // Rows behind the last have the inverse norm zero: their similarities and all that follows are zero.
+  const float* numbers = work.rows + image * kGramRowFields * work.patches;
+  const auto number = [&](int field, int64_t row) {
+    return row < work.patches ? load_global(numbers + field * work.patches + row) : 0.f;
+  };
+  const int64_t first_row = row_block * Tile + Layout::row(), first_column = column_block * Tile + Layout::column();
+  float column_inverse[NT][2], column_inverse_teacher[NT][2], column_along[NT][2] = {};
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      column_inverse[n][q] = number(kStudentInverse, first_column + accumulator_column(n, q));
+      column_inverse_teacher[n][q] = number(kTeacherInverse, first_column + accumulator_column(n, q));
+    }
+  }
+  // Behind the place of F: sums of each warp, for t of the rows and of the columns, and losses.
+  const uint32_t row_sums = shared + uint32_t(Stages::kStagedBytes);
+  const uint32_t column_sums = row_sums + uint32_t(Layout::kAcross * Tile * 4);
+  const uint32_t losses = column_sums + uint32_t(Layout::kDown * Tile * 4);
+  float loss = 0.f;
+#pragma unroll
+  for (int m = 0; m < MT; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = first_row + 16 * m + accumulator_row(2 * half);
+      const float row_inverse = number(kStudentInverse, row), row_inverse_teacher = number(kTeacherInverse, row);
+      float squares = 0.f, row_along = 0.f;
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
+          float& entry = student[m][n][2 * half + q];
+          float s = entry * row_inverse * column_inverse[n][q];
+          float t = teacher[m][n][2 * half + q] * row_inverse_teacher * column_inverse_teacher[n][q];
+          if (diagonal && row == first_column + accumulator_column(n, q)) {
+            s = number(kStudentSelf, row), t = number(kTeacherSelf, row);  // without the rounding of the norms
+          }
+          const float kept = s < work.lowest_student ? work.lowest_student : s;
+          const float difference = kept - (t < work.lowest_teacher ? work.lowest_teacher : t);
+          squares = fmaf(difference, difference, squares);
+          const float passed = s < work.lowest_student ? 0.f : difference;
+          row_along = fmaf(passed, s, row_along);
+          column_along[n][q] = fmaf(passed, s, column_along[n][q]);
+          entry = passed * (0x1p14f * row_inverse) * (0x1p28f * column_inverse[n][q]);
+        }
+      }
+      loss += squares;
+      row_along = sum_of_row(row_along);
+      if ((lane_index() & 3) == 0) {
+        const int place = warp_index() / Layout::kDown * Tile + Layout::row() + 16 * m + accumulator_row(2 * half);
+        store_shared(row_sums + uint32_t(4 * place), row_along);
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const float sum = sum_of_column(column_along[n][q]);
+      if (lane_index() < 4) {
+        const int place = warp_index() % Layout::kDown * Tile + Layout::column() + accumulator_column(n, q);
+        store_shared(column_sums + uint32_t(4 * place), sum);
+      }
+    }
+  }
+  loss = warp_reduce<Add>(loss);
+  if (lane_index() == 0) store_shared(losses + uint32_t(4 * warp_index()), loss);
+  if (work.entries) stage_entries<Tile, Parts>(student, shared);
+  block_barrier();
+
+  if (thread_index() == 0) {
+    loss = 0.f;
+#pragma unroll
+    for (int warp = 0; warp < Layout::kThreads / 32; ++warp) loss += load_shared<float>(losses + uint32_t(4 * warp));
+    store_global(work.losses + block_index<0>(), diagonal ? loss : 2.f * loss);
+  }
+  if (!work.entries) return;
+  if (thread_index() < Tile) {
+    float across = 0.f, down = 0.f;
+#pragma unroll
+    for (int i = 0; i < Layout::kAcross; ++i) {
+      across += load_shared<float>(row_sums + uint32_t(4 * (i * Tile + thread_index())));
+    }
+#pragma unroll
+    for (int i = 0; i < Layout::kDown; ++i) {
+      down += load_shared<float>(column_sums + uint32_t(4 * (i * Tile + thread_index())));
+    }
+    float* along = work.along + image * work.blocks * work.blocks * Tile + thread_index();
+    store_global(along + (column_block * work.blocks + row_block) * Tile, across);
+    if (!diagonal) store_global(along + (row_block * work.blocks + column_block) * Tile, down);
+  }
+  store_entries<Tile, Parts>(work.entries + block_index<0>() * Parts * Tile * Tile, shared);
+}
+
+}  // namespace dinov3_ext
