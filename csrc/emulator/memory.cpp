@@ -117,7 +117,7 @@ const Range& Worker::range_of(uintptr_t address, uint32_t bytes, bool write, con
 void Worker::check_global_read(const void* from, uint32_t bytes, bool constant, const char* word, const Location& at) {
   const auto address = reinterpret_cast<uintptr_t>(from);
   const Range& range = range_of(address, bytes, /*write=*/false, word, at);
-  counters.global_read_bytes += bytes;
+  note(Access::global_read, address, bytes, at);
   Page& page = page_of(address);
   const char* problem = nullptr;
   int other = 0;
@@ -160,7 +160,7 @@ void Worker::check_global_read(const void* from, uint32_t bytes, bool constant, 
 void Worker::check_global_write(void* to, uint32_t bytes, const Location& at) {
   const auto address = reinterpret_cast<uintptr_t>(to);
   const Range& range = range_of(address, bytes, /*write=*/true, "store_global", at);
-  counters.global_written_bytes += bytes;
+  note(Access::global_write, address, bytes, at);
   Page& page = page_of(address);
   const char* problem = nullptr;
   uint32_t other_block = 0;

@@ -50,13 +50,13 @@ py::list sites() {
   return all;
 }
 
-void mutate(const py::object& site, const std::string& kernel) {
+void mutate(const py::object& site, const std::string& kernel, bool short_wait) {
   if (site.is_none()) return set_mutant(nullptr);
   const auto text = site.cast<std::string>();
   const size_t second = text.rfind(':'), first = second == std::string::npos ? second : text.rfind(':', second - 1);
   if (first == std::string::npos) throw py::value_error("mutate: site must be file:line:column; got '" + text + "'");
   const Mutant mutant{text.substr(0, first), uint32_t(std::stoul(text.substr(first + 1))),
-                      uint32_t(std::stoul(text.substr(second + 1))), kernel};
+                      uint32_t(std::stoul(text.substr(second + 1))), kernel, short_wait};
   set_mutant(&mutant);
 }
 
@@ -76,6 +76,7 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("sites", &sites,
         "Calls of block_barrier, warp_barrier and copy_async_wait reached since reset_counters(): a list of {site: "
         "file:line:column, word, reached, kernels}.");
-  m.def("mutate", &mutate, py::arg("site"), py::arg("kernel") = "",
-        "Makes the call at one site do nothing, in kernels whose name contains `kernel`; None: no such call.");
+  m.def("mutate", &mutate, py::arg("site"), py::arg("kernel") = "", py::arg("short_wait") = false,
+        "Makes the call at one site do nothing, in kernels whose name contains `kernel`; short_wait: "
+        "a copy_async_wait there waits for one group fewer instead. None: no mutant.");
 }

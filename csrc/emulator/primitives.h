@@ -143,7 +143,7 @@ template <class T>
 T load_shared(uint32_t from, const emulator::Location& at = emulator::Location::current()) {
   static_assert(emulator::kAccessible<T>);
   emulator::worker->check_shared(from, sizeof(T), /*write=*/false, emulator::worker->thread, at);
-  emulator::worker->counters.shared_read_bytes += sizeof(T);
+  emulator::worker->note(emulator::Access::shared_read, from, sizeof(T), at);
   T value;
   std::memcpy(&value, emulator::worker->shared_at(from), sizeof(T));
   return value;
@@ -152,7 +152,7 @@ template <class T>
 void store_shared(uint32_t to, T value, const emulator::Location& at = emulator::Location::current()) {
   static_assert(emulator::kAccessible<T>);
   emulator::worker->check_shared(to, sizeof(T), /*write=*/true, emulator::worker->thread, at);
-  emulator::worker->counters.shared_written_bytes += sizeof(T);
+  emulator::worker->note(emulator::Access::shared_write, to, sizeof(T), at);
   std::memcpy(emulator::worker->shared_at(to), &value, sizeof(T));
 }
 
@@ -190,44 +190,77 @@ struct Tile;
 
 namespace emulator {
 
-// The bodies of tile.cuh's functions of the same names as one step of the warp. The addresses are theirs.
+// The bodies of tile.cuh's functions of the same names as one step of the warp, with their addresses.
+template <int Columns>
+struct TileLane {
+  void* d;
+  const void* a;
+  Tile<Columns> tile;
+  int row, column;
+};
+
+// addresses[i][lane] = address(lane's tile, row and column, lane, i)
+template <int Count, class Lane, class Address>
+void tile_addresses(Lane* const* lanes, uint32_t (&addresses)[Count][32], Address address) {
+  Lane all[32];
+  for (int t = 0; t < 32; ++t) all[t] = *lanes[t];
+  for (int i = 0; i < Count; ++i) {
+    for (int t = 0; t < 32; ++t) addresses[i][t] = address(all[t], t, i);
+  }
+}
+
 template <int MT, int KT, int Columns>
 void load_left(uint32_t (&a)[MT][KT][4], Tile<Columns> tile, int row, int column,
                const Location& at = Location::current()) {
-  uint32_t addresses[MT * KT];
-  for (int m = 0; m < MT; ++m) {
-    for (int k = 0; k < KT; ++k) {
-      addresses[m * KT + k] = left_address(tile, row + 16 * m, column + 16 * k, lane_index());
+  using Lane = TileLane<Columns>;
+  Lane lane{a, nullptr, tile, row, column};
+  worker->collective("load_left", lane, at, [&](Lane* const* lanes) {
+    uint32_t addresses[MT * KT][32];
+    tile_addresses(lanes, addresses, [](const Lane& one, int t, int i) {
+      return left_address(one.tile, one.row + 16 * (i / KT), one.column + 16 * (i % KT), t);
+    });
+    for (int i = 0; i < MT * KT; ++i) {
+      uint32_t* registers[32];
+      for (int t = 0; t < 32; ++t) registers[t] = static_cast<uint32_t*>(lanes[t]->d) + 4 * i;
+      worker->spread_matrices(addresses[i], registers, /*transposed=*/false, at);
     }
-  }
-  Worker::TileLoad lane{a[0], addresses};
-  worker->load_tile(lane, MT * KT, at);
+  });
+}
+
+template <Element E, bool Transposed, int MT, int NT, int KT, int Columns, class Address>
+void product(const char* word, float (&d)[MT][NT][4], const uint32_t (&a)[MT][KT][4], Tile<Columns> tile, int row,
+             int column, const Location& at, Address address) {
+  using Lane = TileLane<Columns>;
+  Lane lane{d, a, tile, row, column};
+  worker->collective(word, lane, at, [&](Lane* const* lanes) {
+    uint32_t addresses[KT * NT / 2][32];
+    tile_addresses(lanes, addresses,
+                   [&](const Lane& one, int t, int i) { return address(one, t, i / (NT / 2), 2 * (i % (NT / 2))); });
+    float* all_d[32];
+    const uint32_t* all_a[32];
+    for (int t = 0; t < 32; ++t) {
+      all_d[t] = static_cast<float*>(lanes[t]->d), all_a[t] = static_cast<const uint32_t*>(lanes[t]->a);
+    }
+    worker->product(E, Transposed, MT, NT, KT, all_d, all_a, addresses, at);
+  });
 }
 
 template <Element E, int MT, int NT, int KT, int Columns>
 void product_with_rows(float (&d)[MT][NT][4], const uint32_t (&a)[MT][KT][4], Tile<Columns> tile, int row, int column,
                        const Location& at = Location::current()) {
-  uint32_t addresses[KT * NT / 2];
-  for (int k = 0; k < KT; ++k) {
-    for (int n = 0; n < NT; n += 2) {
-      addresses[(k * NT + n) / 2] = right_address_rows(tile, row + 8 * n, column + 16 * k, lane_index());
-    }
-  }
-  Worker::TileProduct lane{d[0][0], a[0][0], addresses};
-  worker->product(lane, E, /*transposed=*/false, MT, NT, KT, at);
+  product<E, false>("product_with_rows", d, a, tile, row, column, at,
+                    [](const TileLane<Columns>& one, int t, int k, int n) {
+                      return right_address_rows(one.tile, one.row + 8 * n, one.column + 16 * k, t);
+                    });
 }
 
 template <Element E, int MT, int NT, int KT, int Columns>
 void product_with_columns(float (&d)[MT][NT][4], const uint32_t (&a)[MT][KT][4], Tile<Columns> tile, int row,
                           int column, const Location& at = Location::current()) {
-  uint32_t addresses[KT * NT / 2];
-  for (int k = 0; k < KT; ++k) {
-    for (int n = 0; n < NT; n += 2) {
-      addresses[(k * NT + n) / 2] = right_address_columns(tile, row + 16 * k, column + 8 * n, lane_index());
-    }
-  }
-  Worker::TileProduct lane{d[0][0], a[0][0], addresses};
-  worker->product(lane, E, /*transposed=*/true, MT, NT, KT, at);
+  product<E, true>("product_with_columns", d, a, tile, row, column, at,
+                   [](const TileLane<Columns>& one, int t, int k, int n) {
+                     return right_address_columns(one.tile, one.row + 16 * k, one.column + 8 * n, t);
+                   });
 }
 
 }  // namespace emulator

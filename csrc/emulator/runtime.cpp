@@ -216,6 +216,7 @@ bool Worker::join(Warp& warp, const char* word, void* operand, const Location& a
 
 void Worker::release(Warp& warp) {
   const int w = int(&warp - warps.data());
+  count_accesses(w);
   warp.arrived = 0;
   for (int i = 0; i < 32; ++i) fibers[32 * w + i].waits_for = nullptr;
   warp.runnable = ~0u;
@@ -223,7 +224,7 @@ void Worker::release(Warp& warp) {
   if (options.seed) go_on(/*last=*/false);
 }
 
-bool Worker::skipped(const char* word, const Location& at) {
+bool Worker::mutated(const char* word, const Location& at) {
   Site site{word, at};
   const auto found = std::find(sites.begin(), sites.end(), site);
   if (found == sites.end()) {
@@ -241,6 +242,7 @@ void Worker::release_block_barrier() {
   ++epoch, ++barriers_passed, ++counters.block_barriers;
   for (int w = 0; w < threads / 32; ++w) {
     Warp& warp = warps[w];
+    count_accesses(w);
     for (uint32_t lanes = warp.at_block_barrier; lanes; lanes &= lanes - 1) {
       fibers[32 * w + __builtin_ctz(lanes)].waits_for = nullptr;
     }
@@ -250,7 +252,7 @@ void Worker::release_block_barrier() {
 }
 
 void Worker::block_barrier(const Location& at) {
-  if (skipped("block_barrier", at)) return;
+  if (mutated("block_barrier", at)) return;
   if (at_barrier && !same_place(barrier_where, at)) {
     finding("divergent barrier", thread, at, "block_barrier, while other threads of the block are in that at %s:%u",
             site_file(barrier_where), unsigned(barrier_where.line()));
@@ -264,7 +266,7 @@ void Worker::block_barrier(const Location& at) {
 }
 
 void Worker::warp_barrier(const Location& at) {
-  if (skipped("warp_barrier", at)) return;
+  if (mutated("warp_barrier", at)) return;
   Warp& warp = warps[thread >> 5];
   collective("warp_barrier", warp, at, [](Warp* const* lanes) {
     ++lanes[0]->epoch;
@@ -306,7 +308,7 @@ void Worker::copy_async(uint32_t to, const void* from, bool valid, const Locatio
   }
   if (valid) check_global_read(from, 16, /*constant=*/false, "copy_async", at);
   check_shared(to, 16, /*write=*/true, thread, at);
-  counters.copy_async_bytes += 16;
+  note(Access::copy_to, to, 16, at);
   if (launch->races) {
     Chunk& chunk = shadow.chunk(to - kSharedBase);
     chunk.in_flight = serial, chunk.owner = uint16_t(thread);
@@ -329,7 +331,10 @@ void Worker::deliver(const Fiber::Copy& copy) {
 }
 
 void Worker::copy_async_wait(int pending, const Location& at) {
-  if (skipped("copy_async_wait", at)) return;
+  if (mutated("copy_async_wait", at)) {
+    if (!mutant->short_wait) return;
+    ++pending;
+  }
   Fiber& self = fibers[thread];
   while (self.first_copy < self.copies.size()) {
     const Fiber::Copy& copy = self.copies[self.first_copy];
@@ -378,13 +383,15 @@ void Worker::run_block(const Launch& what, int64_t index) {
   for (int w = 0; w < threads / 32; ++w) warps[w].runnable = ~0u, runnable_warps_ |= 1u << w;
   for (int t = 0; t < threads; ++t) {
     Fiber& fiber = fibers[t];
-    fiber.waits_for = nullptr, fiber.committed = 0, fiber.copies.clear(), fiber.first_copy = 0;
+    fiber.waits_for = nullptr, fiber.committed = 0, fiber.first_copy = 0;
+    fiber.copies.clear(), fiber.accesses.clear();
     // Tops of stacks 4 KiB apart would share the same lines of the cache.
     prepare(fiber.context, stacks_[t], kStackBytes - size_t(t % 64) * 64, fiber_main);
   }
   thread = 0;
   thread = pick();
   switch_context(main_, fibers[thread].context);
+  for (int w = 0; w < threads / 32; ++w) count_accesses(w);
   ++counters.blocks;
 }
 

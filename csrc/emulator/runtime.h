@@ -20,6 +20,7 @@ using Location = std::source_location;
 inline constexpr int kFinding = 999;              // cudaErrorUnknown
 inline constexpr uint32_t kSharedBase = 1024;     // not 0: an address without the base is found
 inline constexpr int kMaxSharedBytes = 232448;    // of a block on sm_90; the smaller limits are the launchers' business
+inline constexpr size_t kMostAccesses = 1 << 16;  // of one thread between two collectives; counters miss the rest
 inline constexpr size_t kStackBytes = 256 << 10;  // of one CUDA thread, touched as needed
 
 struct Options {
@@ -47,16 +48,27 @@ struct Site {
   }
 };
 
-// What makes one site do nothing (tests/emulator/test_mutants.py).
+// What makes one site do nothing, or a copy_async_wait wait for one group fewer (tests/emulator/test_mutants.py).
 struct Mutant {
   std::string file;  // its last part, as site_file() gives it
   uint32_t line = 0, column = 0;
   std::string kernel;  // only in kernels whose name contains this
+  bool short_wait = false;
 };
 const char* site_file(const Location& where);  // below csrc or tests
 
+// A memory access of one thread, kept until its warp's accesses are put together again as warp instructions.
+struct Access {
+  enum Kind : uint8_t { shared_read, shared_write, copy_to, global_read, global_write };
+  uint64_t address;
+  uint32_t site;
+  uint8_t bytes;
+  Kind kind;
+};
+
 struct Fiber {
   Context context;
+  std::vector<Access> accesses;
   const char* waits_for = nullptr;
   Location where;
   int64_t committed = 0;  // groups of asynchronous copies
@@ -113,21 +125,20 @@ struct Worker {
   // constant: read by load_global, which promises that nobody writes while the kernel runs
   void check_global_read(const void* from, uint32_t bytes, bool constant, const char* word, const Location& at);
   void check_global_write(void* to, uint32_t bytes, const Location& at);
+  void note(Access::Kind kind, uint64_t address, uint32_t bytes, const Location& at) {
+    std::vector<Access>& log = fibers[thread].accesses;
+    if (log.size() >= kMostAccesses) log.clear();
+    log.push_back({address, at.line() << 10 ^ at.column() ^ uint32_t(reinterpret_cast<uintptr_t>(at.file_name())),
+                   uint8_t(bytes), kind});
+  }
   void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed, const Location& at);
   void multiply_add(Element element, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                     const Location& at);
-  struct TileLoad {  // one lane's part of load_left
-    uint32_t (*r)[4];
-    const uint32_t* addresses;
-  };
-  void load_tile(TileLoad& lane, int matrices, const Location& at);
-  struct TileProduct {          // one lane's part of product_with_rows or product_with_columns
-    float* d;                   // [left_tiles][right_tiles][4]
-    const uint32_t* a;          // [left_tiles][depth][4]
-    const uint32_t* addresses;  // [depth][right_tiles / 2]
-  };
-  void product(TileProduct& lane, Element element, bool transposed, int left_tiles, int right_tiles, int depth,
-               const Location& at);
+  // r[lane]: where its four registers go
+  void spread_matrices(const uint32_t (&address)[32], uint32_t* const (&r)[32], bool transposed, const Location& at);
+  // d[lane]: [left_tiles][right_tiles][4]; a[lane]: [left_tiles][depth][4]; addresses: [depth][right_tiles / 2][lane]
+  void product(Element element, bool transposed, int left_tiles, int right_tiles, int depth, float* const (&d)[32],
+               const uint32_t* const (&a)[32], const uint32_t (*addresses)[32], const Location& at);
 
   // All 32 lanes of the warp hand in an operand; the last one to arrive runs execute(operands).
   template <class Operand, class Execute>
@@ -160,7 +171,7 @@ struct Worker {
   std::string report;
 
   void run_block(const Launch& what, int64_t index);
-  bool skipped(const char* word, const Location& at);
+  bool mutated(const char* word, const Location& at);  // notes the site too
   Moment moment(int by_thread) const { return {epoch, warps[by_thread >> 5].epoch, by_thread}; }
 
  private:
@@ -177,10 +188,10 @@ struct Worker {
   void matrix_wavefronts(const uint32_t (&address)[32]);
   Page& page_of(uintptr_t address);
   const Range& range_of(uintptr_t address, uint32_t bytes, bool write, const char* word, const Location& at);
-  void spread_matrices(const uint32_t (&address)[32], uint32_t* const (&r)[32], bool transposed, const Location& at);
-  void product_now(TileProduct* const* lanes, Element element, bool transposed, int left_tiles, int right_tiles,
-                   int depth, const Location& at);
   void deliver(const Fiber::Copy& copy);
+  void read_lines(const uint32_t (&address)[32], const Location& at);
+  void count_accesses(int warp);
+  void count_instruction(const Access* const* lanes, int count);
 
   Context main_;
   std::vector<void*> stacks_;

@@ -78,6 +78,19 @@ class Shadow {
   }
   Chunk& chunk(uint32_t offset) { return chunks_[offset >> 4]; }
 
+  // Whether the whole chunk may be read and that has been noted: the frequent case, else read() has the answer.
+  bool read_again(uint32_t offset, const Moment& now, uint32_t serial) {
+    Chunk& chunk = chunks_[offset >> 4];
+    Record& record = chunk.whole;
+    if (chunk.in_flight == serial || chunk.partial == now.epoch || record.written == now.epoch) return false;
+    if (record.read != now.epoch || record.reader != now.warp() || record.read_warp_epoch != now.warp_epoch) {
+      record.note_read(now);
+    } else {
+      record.lanes |= now.lane_bit();
+    }
+    return true;
+  }
+
   Conflict read(uint32_t offset, uint32_t bytes, const Moment& now) {
     Chunk& chunk = chunks_[offset >> 4];
     int other = chunk.whole.writer_before(now);

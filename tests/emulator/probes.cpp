@@ -76,11 +76,41 @@ Tensor product(const Tensor& left, const Tensor& right, bool rows) {
   return result;
 }
 
+// ---- speed: the products of an attention kernel's inner loop, repeated
+// ---------------------------------------------------------------------------------------------------
+
+__global__ void speed_probe(float* result, int repeats) {
+  const Tile<64> tile{shared_base()};
+  for (int row = lane_index(); row < 64; row += 32) {
+    for (int chunk = 0; chunk < 8; ++chunk) store_shared(tile.address(row, chunk), uint4{0, 0, 0, 0});
+  }
+  block_barrier();
+  uint32_t a[1][4][4] = {};
+  float d[1][8][4] = {};
+  for (int i = 0; i < repeats; ++i) {
+    product_with_rows<Element::bfloat16>(d, a, tile, 0, 0);
+    product_with_columns<Element::bfloat16>(d, a, tile, 0, 0);
+  }
+  store_global(result + thread_index(), d[0][0][0]);
+}
+
+Tensor speed(const Tensor& like, int64_t repeats) {
+  Tensor result = empty(like, {128}, ScalarType::Float);
+  const int status = launch<speed_probe>(Shape{.threads = 32, .shared_bytes = 64 * 128}, nullptr, output<float>(result),
+                                         int(repeats));
+  STD_TORCH_CHECK(status == 0, "speed: ", cuda_status_text(status));
+  return result;
+}
+
 }  // namespace
 }  // namespace dinov3_ext
 
-STABLE_TORCH_LIBRARY(dinov3_ext_probes, m) { m.def("product(Tensor left, Tensor right, bool rows) -> Tensor"); }
+STABLE_TORCH_LIBRARY(dinov3_ext_probes, m) {
+  m.def("product(Tensor left, Tensor right, bool rows) -> Tensor");
+  m.def("speed(Tensor like, int repeats) -> Tensor");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(dinov3_ext_probes, CPU, m) {
   m.impl("product", TORCH_BOX(&dinov3_ext::emulator::AsOperation<&dinov3_ext::product>::call));
+  m.impl("speed", TORCH_BOX(&dinov3_ext::emulator::AsOperation<&dinov3_ext::speed>::call));
 }

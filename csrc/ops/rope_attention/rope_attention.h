@@ -82,6 +82,12 @@ struct RopeAttentionBackward {
   float scale;              // > 0
 };
 
+// On the CPU head_width must be a multiple of 16; `rotated` and `delta` are not used. Results do not depend on the
+// number of threads.
+void rope_rotate_cpu(const RopeRotate& args, ParallelFor parallel_for);
+void rope_attention_cpu(const RopeAttention& args, ParallelFor parallel_for);
+void rope_attention_backward_cpu(const RopeAttentionBackward& args, ParallelFor parallel_for);
+
 // Launchers: enqueue on `stream` (a cudaStream_t), return a cudaError_t as int, never wait.
 int rope_rotate_cuda(const RopeRotate& args, void* stream);
 
