@@ -96,6 +96,9 @@ __device__ __forceinline__ void load_left(uint32_t (&a)[MT][KT][4], Tile<Columns
 template <int MT, int KT, int Columns>
 __device__ __forceinline__ void load_left_transposed(uint32_t (&a)[MT][KT][4], Tile<Columns> tile, int row,
                                                      int column) {
+#if defined(DINOV3_EXT_EMULATOR)
+  if (emulator::whole_tiles()) return emulator::load_left_transposed(a, tile, row, column);
+#endif
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
 #pragma unroll

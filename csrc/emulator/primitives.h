@@ -209,22 +209,37 @@ void tile_addresses(Lane* const* lanes, uint32_t (&addresses)[Count][32], Addres
   }
 }
 
-template <int MT, int KT, int Columns>
-void load_left(uint32_t (&a)[MT][KT][4], Tile<Columns> tile, int row, int column,
-               const Location& at = Location::current()) {
+template <bool Transposed, int MT, int KT, int Columns, class Address>
+void load_left_tile(const char* word, uint32_t (&a)[MT][KT][4], Tile<Columns> tile, int row, int column,
+                    const Location& at, Address address) {
   using Lane = TileLane<Columns>;
   Lane lane{a, nullptr, tile, row, column};
-  worker->collective("load_left", lane, at, [&](Lane* const* lanes) {
+  worker->collective(word, lane, at, [&](Lane* const* lanes) {
     uint32_t addresses[MT * KT][32];
-    tile_addresses(lanes, addresses, [](const Lane& one, int t, int i) {
-      return left_address(one.tile, one.row + 16 * (i / KT), one.column + 16 * (i % KT), t);
-    });
+    tile_addresses(lanes, addresses, [&](const Lane& one, int t, int i) { return address(one, t, i / KT, i % KT); });
     for (int i = 0; i < MT * KT; ++i) {
       uint32_t* registers[32];
       for (int t = 0; t < 32; ++t) registers[t] = static_cast<uint32_t*>(lanes[t]->d) + 4 * i;
-      worker->spread_matrices(addresses[i], registers, /*transposed=*/false, at);
+      worker->spread_matrices(addresses[i], registers, Transposed, at);
     }
   });
+}
+
+template <int MT, int KT, int Columns>
+void load_left(uint32_t (&a)[MT][KT][4], Tile<Columns> tile, int row, int column,
+               const Location& at = Location::current()) {
+  load_left_tile<false>("load_left", a, tile, row, column, at, [](const TileLane<Columns>& one, int t, int m, int k) {
+    return left_address(one.tile, one.row + 16 * m, one.column + 16 * k, t);
+  });
+}
+
+template <int MT, int KT, int Columns>
+void load_left_transposed(uint32_t (&a)[MT][KT][4], Tile<Columns> tile, int row, int column,
+                          const Location& at = Location::current()) {
+  load_left_tile<true>("load_left_transposed", a, tile, row, column, at,
+                       [](const TileLane<Columns>& one, int t, int m, int k) {
+                         return left_address_transposed(one.tile, one.row + 16 * k, one.column + 16 * m, t);
+                       });
 }
 
 template <Element E, bool Transposed, int MT, int NT, int KT, int Columns, class Address>

@@ -188,6 +188,9 @@ void Worker::wait(const char* word, const Location& at) {
 
 void Worker::finished() {
   Warp& warp = warps[thread >> 5];
+  if (warp.arrived) {
+    finding("divergent collective", thread, warp.where, "returns, while other lanes of the warp are in %s", warp.word);
+  }
   const uint32_t bit = 1u << (thread & 31);
   warp.runnable &= ~bit, warp.returned |= bit;
   if (!warp.runnable) runnable_warps_ &= ~(1u << (thread >> 5));

@@ -96,8 +96,8 @@ __global__ void speed_probe(float* result, int repeats) {
 
 Tensor speed(const Tensor& like, int64_t repeats) {
   Tensor result = empty(like, {128}, ScalarType::Float);
-  const int status = launch<speed_probe>(Shape{.threads = 32, .shared_bytes = 64 * 128}, nullptr, output<float>(result),
-                                         int(repeats));
+  const int status =
+      launch<speed_probe>(Shape{.threads = 32, .shared_bytes = 64 * 128}, nullptr, output<float>(result), int(repeats));
   STD_TORCH_CHECK(status == 0, "speed: ", cuda_status_text(status));
   return result;
 }
