@@ -22,6 +22,15 @@ DINOV3_EXT_LIBRARY(DINOV3_EXT_OPS, m) {
   m.def(
       "sinkhorn_row_sums(Tensor logits, Tensor previous, Tensor columns, float temperature, bool column_sums)"
       " -> (Tensor rows, Tensor sums)");
+  m.def(
+      "assignment_cross_entropy(Tensor student, Tensor teacher, Tensor rows, Tensor columns, float student_temperature,"
+      " float teacher_temperature, Tensor? weight) -> (Tensor losses, Tensor log_sums)");
+  m.def(
+      "assignment_cross_entropy_backward(Tensor grad, Tensor student, Tensor teacher, Tensor rows, Tensor columns,"
+      " Tensor log_sums, float student_temperature, float teacher_temperature, Tensor? weight) -> Tensor gradient");
+  m.def(
+      "assignment_cross_entropy_backward_(Tensor grad, Tensor(a!) student, Tensor teacher, Tensor rows, Tensor columns,"
+      " Tensor log_sums, float student_temperature, float teacher_temperature, Tensor? weight) -> ()");
 }
 
 DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, CPU, m) {
@@ -29,6 +38,11 @@ DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, CPU, m) {
   m.impl("sinkhorn_column_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_column_sums));
   m.impl("sinkhorn_finish", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_finish));
   m.impl("sinkhorn_row_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_row_sums));
+#if defined(DINOV3_EXT_EMULATOR)
+  m.impl("assignment_cross_entropy", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy));
+  m.impl("assignment_cross_entropy_backward", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy_backward));
+  m.impl("assignment_cross_entropy_backward_", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy_backward_));
+#endif
 }
 
 // Registered in a build without nvcc too: a CUDA tensor then gets the sentence that says so.
@@ -37,4 +51,7 @@ DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, CUDA, m) {
   m.impl("sinkhorn_column_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_column_sums));
   m.impl("sinkhorn_finish", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_finish));
   m.impl("sinkhorn_row_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_row_sums));
+  m.impl("assignment_cross_entropy", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy));
+  m.impl("assignment_cross_entropy_backward", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy_backward));
+  m.impl("assignment_cross_entropy_backward_", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy_backward_));
 }

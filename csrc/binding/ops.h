@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <string_view>
 #include <tuple>
 
@@ -17,5 +18,17 @@ std::tuple<Tensor, Tensor> sinkhorn_column_sums(const Tensor& logits, double tem
 Tensor sinkhorn_finish(const Tensor& sums, const Tensor& shift);
 std::tuple<Tensor, Tensor> sinkhorn_row_sums(const Tensor& logits, const Tensor& previous, const Tensor& columns,
                                              double temperature, bool column_sums);
+
+std::tuple<Tensor, Tensor> assignment_cross_entropy(const Tensor& student, const Tensor& teacher, const Tensor& rows,
+                                                    const Tensor& columns, double student_temperature,
+                                                    double teacher_temperature, const std::optional<Tensor>& weight);
+Tensor assignment_cross_entropy_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher,
+                                         const Tensor& rows, const Tensor& columns, const Tensor& log_sums,
+                                         double student_temperature, double teacher_temperature,
+                                         const std::optional<Tensor>& weight);
+// Writes the gradient over `student`.
+void assignment_cross_entropy_backward_(const Tensor& grad, Tensor& student, const Tensor& teacher, const Tensor& rows,
+                                        const Tensor& columns, const Tensor& log_sums, double student_temperature,
+                                        double teacher_temperature, const std::optional<Tensor>& weight);
 
 }  // namespace dinov3_ext

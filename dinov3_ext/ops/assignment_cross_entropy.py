@@ -3,13 +3,25 @@
 import torch
 from torch import Tensor
 
-from dinov3_ext._paths import Path, Question, explains, reference_forced
+from dinov3_ext import _library
+from dinov3_ext._paths import (
+    Path,
+    Question,
+    emulator_forced,
+    explains,
+    for_each_library,
+    native_ops,
+    reference_forced,
+)
 from dinov3_ext.ops.sinkhorn_knopp import Potentials
 
 # Logits widened to fp32 at a time. On a CPU 4 MB, which the cache keeps: blocks of 64 MB take a fifth longer (48
 # against 40 ms forward and backward of 64 x 65536 bf16, one core). Elsewhere large, for few launches.
 LOGITS_AT_ONCE = {"cpu": 1 << 20}
 LOGITS_AT_ONCE_ELSEWHERE = 1 << 26
+
+KERNEL_DEVICES = ("cuda",)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def assignment_cross_entropy(
@@ -45,6 +57,7 @@ def assignment_cross_entropy(
         (C, A) losses, fp32 (fp64 for fp64 logits).
     Raises:
         ValueError: wrong shape, type, device or temperature; overwrite_student on a leaf or while compiling.
+        ImportError: the native library is not built (logits of one 16-bit type or fp32 on a CUDA device need it).
     """
     _check_inputs(student, teacher, potentials, student_temperature, teacher_temperature, weight)
     if overwrite_student and torch.compiler.is_compiling():
@@ -62,10 +75,30 @@ def assignment_cross_entropy(
             teacher_temperature=teacher_temperature,
             weight=weight,
         )
+    temperatures = (student_temperature, teacher_temperature)
+    if _has_kernel(student.device, student.dtype) and teacher.dtype is student.dtype:
+        _library.require("assignment_cross_entropy")
+        return _kernel(student, teacher, potentials, temperatures, weight, overwrite_student)
     return _AssignmentCrossEntropy.apply(
-        student, teacher, potentials.rows, potentials.columns, weight,
-        (student_temperature, teacher_temperature), overwrite_student,
-    )  # fmt: skip
+        student, teacher, potentials.rows, potentials.columns, weight, temperatures, overwrite_student
+    )
+
+
+def _kernel(
+    student: Tensor,
+    teacher: Tensor,
+    potentials: Potentials,
+    temperatures: tuple[float, float],
+    weight: Tensor | None,
+    overwrite_student: bool,
+) -> Tensor:
+    student, teacher = (x if x.shape[2] == 1 or x.stride(2) == 1 else x.contiguous() for x in (student, teacher))
+    rows, columns = (x.detach().float().contiguous() for x in (potentials.rows, potentials.columns))
+    weight = None if weight is None else weight.detach().float().contiguous()
+    arguments = (teacher.detach(), rows, columns, *temperatures, weight)
+    if overwrite_student:
+        return _OverwritingKernel.apply(student, *arguments)
+    return native_ops().assignment_cross_entropy(student, *arguments)[0]
 
 
 def assignment_cross_entropy_reference(
@@ -127,6 +160,34 @@ class _AssignmentCrossEntropy(torch.autograd.Function):
         return (grad.detach() if ctx.overwrite_student else grad), None, None, None, None, None, None
 
 
+class _OverwritingKernel(torch.autograd.Function):
+    """The kernels, the gradient written over the student's logits."""
+
+    @staticmethod
+    def forward(ctx, student, *arguments):
+        ctx.ops = native_ops()  # backward may run outside the `with use(...)` of the forward
+        losses, log_sums = ctx.ops.assignment_cross_entropy(student, *arguments)
+        _save(ctx, student, arguments, log_sums)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        student, *rest = ctx.saved_tensors
+        arguments = _arguments(ctx, *rest)
+        ctx.ops.assignment_cross_entropy_backward_(grad.contiguous(), student, *arguments)
+        return (student.detach(), *(None for _ in range(6)))
+
+
+def _save(ctx, student: Tensor, arguments: tuple, log_sums: Tensor) -> None:
+    teacher, rows, columns, *ctx.temperatures, weight = arguments
+    ctx.save_for_backward(student, teacher, rows, columns, log_sums, weight)
+
+
+def _arguments(ctx, teacher, rows, columns, log_sums, weight) -> tuple:
+    """What the backward ops take behind the gradient and the student."""
+    return (teacher, rows, columns, log_sums, *ctx.temperatures, weight)
+
+
 def _factor(weight: Tensor | None, student: Tensor, wide: torch.dtype) -> Tensor:
     """(B,) what each row's cross-entropy is multiplied with."""
     rows = student.shape[1]
@@ -177,10 +238,54 @@ def _check_inputs(
         raise ValueError(f"{op}: temperatures must be > 0; got {student_temperature} and {teacher_temperature}")
 
 
+def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    return (device.type in KERNEL_DEVICES or emulator_forced()) and dtype in KERNEL_DTYPES
+
+
 @explains("assignment_cross_entropy", "C", "B", "K")
 def _explain(question: Question) -> Path:
-    return Path(
-        "assignment_cross_entropy",
-        "composition",
-        "PyTorch operations over blocks of rows, assignments recomputed in backward; no kernel of our own yet",
-    )
+    op, device, dtype = "assignment_cross_entropy", question.device, question.dtype
+    if not _has_kernel(device, dtype):
+        reason = "PyTorch operations over blocks of rows, assignments recomputed in backward"
+        return Path(op, "composition", f"no kernel for {dtype} on {device.type}: {reason}")
+    if emulator_forced():
+        return Path(op, "kernel", "own CUDA kernel in the emulator")
+    if _library.module is None:
+        return Path(op, "missing", _library.problem)
+    info = _library.build_info()
+    if info["cuda"] is None:
+        return Path(op, "missing", "the library was built without nvcc: no CUDA kernels")
+    return Path(op, "kernel", f"own CUDA kernel, built for {info['cuda_architectures']}")
+
+
+@for_each_library
+def _register(namespace: str) -> None:
+    op = f"{namespace}::assignment_cross_entropy"
+
+    @torch.library.register_fake(op)
+    def _(student, teacher, rows, columns, student_temperature, teacher_temperature, weight):
+        crops, images = student.shape[:2]
+        return (
+            student.new_empty((crops, teacher.shape[0]), dtype=torch.float32),
+            student.new_empty((crops, images), dtype=torch.float32),
+        )
+
+    @torch.library.register_fake(f"{op}_backward")
+    def _(grad, student, teacher, rows, columns, log_sums, student_temperature, teacher_temperature, weight):
+        return student.new_empty(student.shape)
+
+    @torch.library.register_fake(f"{op}_backward_")
+    def _(grad, student, teacher, rows, columns, log_sums, student_temperature, teacher_temperature, weight):
+        return None
+
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        student, *arguments = inputs
+        _save(ctx, student, arguments, output[1])
+
+    def backward(ctx, grad: Tensor, _log_sums_grad: Tensor) -> tuple:
+        student, *rest = ctx.saved_tensors
+        ops = getattr(torch.ops, namespace)
+        gradient = ops.assignment_cross_entropy_backward(grad.contiguous(), student, *_arguments(ctx, *rest))
+        return (gradient, *(None for _ in range(6)))
+
+    torch.library.register_autograd(op, backward, setup_context=setup_context)

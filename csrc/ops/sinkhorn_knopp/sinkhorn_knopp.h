@@ -44,8 +44,9 @@ struct SinkhornFinish {
 
 struct SinkhornRowSums {
   SinkhornLogits logits;
-  const float* previous;  // (rows,) row potentials before: a good guess of the result, so that no maximum is searched
+  const float* previous;  // (rows,) row potentials before, a good guess of the result: on the CPU no maximum is searched
   const float* columns;   // (prototypes,)
+  float* row_partial;     // workspace (2, ranges, rows); CUDA only, null on the CPU
   float* partial;         // workspace (splits, prototypes), or null: no column sums wanted
   float* rows;            // out (rows,)
   float* sums;            // out (prototypes,), or null together with `partial`
@@ -57,7 +58,8 @@ void sinkhorn_finish_cpu(const SinkhornFinish& args, ParallelFor parallel_for);
 void sinkhorn_row_sums_cpu(const SinkhornRowSums& args, ParallelFor parallel_for);
 
 // Launchers: enqueue on `stream` (a cudaStream_t), return a cudaError_t as int, never wait.
-int64_t sinkhorn_splits_cuda(int64_t rows, int64_t prototypes);
+int64_t sinkhorn_splits_cuda(int64_t rows, int64_t prototypes);  // of the rows, in steps over columns
+int64_t sinkhorn_ranges_cuda(int64_t rows, int64_t prototypes);  // of the columns, in steps over rows
 int sinkhorn_column_sums_cuda(const SinkhornColumnSums& args, void* stream);
 int sinkhorn_finish_cuda(const SinkhornFinish& args, void* stream);
 int sinkhorn_row_sums_cuda(const SinkhornRowSums& args, void* stream);

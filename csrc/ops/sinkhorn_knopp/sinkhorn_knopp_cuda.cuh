@@ -1,143 +1,293 @@
-// Sinkhorn-Knopp kernels. All are limited by memory: each thread reads 16 bytes of logits at a time where the rows are
-// so aligned. Partial results go to a workspace and are added in the order of their index: no atomics.
+// Sinkhorn-Knopp kernels, limited by memory.
+//
+// Traffic, three iterations, 16 bits: the logits are read six times (columns, then rows and next columns twice, then
+// rows), 12 bytes each, or 2 from memory and 10 from the L2 cache where they fit it (128 x 65536: 17 MB). Beside them
+// 72 bytes per column for the vectors of K numbers, and partial results of 8 or 16 bytes per column for every split of
+// at least 128 rows.
+//
+// Column kernels: a warp takes 32 N neighbouring columns (512 bytes of a row) and every eighth row of its block's
+// split, so that 65536 columns alone make 256 blocks, and few rows need no splits. Row kernel: a block takes kRows rows
+// at once, because each reading of the column potentials from L2 (4 bytes a column) then serves kRows logits of 2
+// bytes; with one row at a time that, not memory, would be the limit (6 bytes a logit through L2 instead of 3). Partial
+// results go to a workspace and are added in the order of their index: no atomics.
 #pragma once
 
 #include <cmath>
 
 #include "core/block_reduce.cuh"
 #include "core/element.cuh"
+#include "core/log_sum.cuh"
 #include "core/primitives.cuh"
 #include "ops/sinkhorn_knopp/sinkhorn_knopp.h"
 
 namespace dinov3_ext {
+namespace sinkhorn {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
-inline constexpr int kColumnThreads = 256;
-inline constexpr int kRowThreads = 512;
+inline constexpr int kThreads = 256;
+inline constexpr int kWarps = kThreads / 32;
+inline constexpr int kRows = 4;    // of a row kernel's block
+inline constexpr int kAtOnce = 4;  // rows whose loads a column kernel's warp has under way
 
 template <Element E>
 __device__ __forceinline__ const typename Storage<E>::Type* row_of(const SinkhornLogits& logits, int64_t row) {
   return static_cast<const typename Storage<E>::Type*>(logits.data) + row * logits.row_stride;
 }
 
-// grid (prototypes / (N * kColumnThreads), splits). A thread owns N columns and every row of its split: running
-// maximum (units of log2) and sum. partial: (2, splits, prototypes).
-template <Element E, int N>
-__global__ void __launch_bounds__(kColumnThreads) column_partial(SinkhornColumnSums args, int64_t rows_of_split) {
-  const SinkhornLogits& logits = args.logits;
-  const int64_t k = (block_index<0>() * kColumnThreads + thread_index()) * N;
-  if (k >= logits.prototypes) return;
-  const int64_t first = block_index<1>() * rows_of_split, last = min(first + rows_of_split, logits.rows);
-  float maximum[N], sum[N];
+// Calls visit(x, valid) for this warp's rows of the block's split, kAtOnce at a time: x[j][i] is column k + i of the
+// j-th row, and where not valid[j] there is no such row. `extra(row)` is read along with the row, into more[j].
+template <Element E, int N, class Extra, class Visit>
+__device__ __forceinline__ void visit_rows(const SinkhornLogits& logits, int64_t rows_of_split, int64_t k, Extra extra,
+                                           Visit visit) {
+  const int64_t first = block_index<1>() * rows_of_split, behind = first + rows_of_split;
+  const int64_t last = behind < logits.rows ? behind : logits.rows;
+  for (int64_t row = first + warp_index(); row < last; row += kAtOnce * kWarps) {
+    typename Packed<E, N>::Type packed[kAtOnce];
+    float more[kAtOnce] = {};
 #pragma unroll
-  for (int i = 0; i < N; ++i) maximum[i] = -INFINITY, sum[i] = 0.f;
-#pragma unroll 4
-  for (int64_t row = first; row < last; ++row) {
-    float x[N];
-    load_elements<E, N>(row_of<E>(logits, row) + k, x);
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (row + j * kWarps < last) {
+        packed[j] = load_packed<E, N>(row_of<E>(logits, row + j * kWarps) + k);
+        more[j] = extra(row + j * kWarps);
+      }
+    }
+    float x[kAtOnce][N];
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float s = x[i] * logits.scale;
-      // A NaN logit must reach the sum, so the comparison, not fmaxf, decides.
-      const float highest = s <= maximum[i] ? maximum[i] : s;
-      const float shift = highest == -INFINITY ? 0.f : highest;  // -inf - -inf would be NaN
-      sum[i] = sum[i] * exp2_approx(maximum[i] - shift) + exp2_approx(s - shift);
-      maximum[i] = highest;
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (row + j * kWarps < last) {
+        widen_packed<E, N>(packed[j], x[j]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) x[j][i] = -INFINITY;  // adds nothing
+      }
+    }
+    visit(x, more);
+  }
+}
+
+// Natural logarithm; -inf without rows, or with -inf alone.
+__device__ __forceinline__ float natural_maximum(const LogSum& column, float scale) {
+  return column.nothing() ? -INFINITY : column.maximum * scale * kLn2;
+}
+
+// Shared memory of the column kernels: float arrays of kWarps x 32 N, one float for every column a warp holds.
+template <int N>
+struct ColumnScratch {
+  static constexpr int kColumns = 32 * N;
+
+  // 16-byte chunks change places in pairs, so that the eight lanes of one phase of a 16-byte store, 32 bytes apart,
+  // meet all banks.
+  __device__ __forceinline__ uint32_t address(int array, int warp, int column) const {
+    const int chunk = column >> 2, moved = chunk ^ ((chunk >> 3) & 1);
+    return shared_base() + 4u * uint32_t((array * kWarps + warp) * kColumns + moved * 4 + (column & 3));
+  }
+  __device__ __forceinline__ void store(int array, const float (&values)[N]) const {
+    if constexpr (N == 1) {
+      store_shared(address(array, warp_index(), lane_index()), values[0]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; i += 4) {
+        store_shared(address(array, warp_index(), lane_index() * N + i),
+                     float4{values[i], values[i + 1], values[i + 2], values[i + 3]});
+      }
     }
   }
-  float* maxima = args.partial + block_index<1>() * logits.prototypes + k;
-  float* sums = maxima + grid_size<1>() * logits.prototypes;
-#pragma unroll
-  for (int i = 0; i < N; ++i) maxima[i] = maximum[i], sums[i] = sum[i];
-}
-
-// One thread per column: the splits' pairs in order. No splits (no rows): (-inf, 0).
-__global__ void __launch_bounds__(kColumnThreads) column_combine(SinkhornColumnSums args, int64_t splits) {
-  const int64_t prototypes = args.logits.prototypes;
-  const int64_t k = block_index<0>() * kColumnThreads + thread_index();
-  if (k >= prototypes) return;
-  float maximum = -INFINITY, sum = 0.f;
-  for (int64_t split = 0; split < splits; ++split) {
-    const float m = args.partial[split * prototypes + k], s = args.partial[(splits + split) * prototypes + k];
-    const float highest = m <= maximum ? maximum : m;
-    const float shift = highest == -INFINITY ? 0.f : highest;
-    sum = sum * exp2_approx(maximum - shift) + s * exp2_approx(m - shift);
-    maximum = highest;
+  __device__ __forceinline__ float load(int array, int warp, int column) const {
+    return load_shared<float>(address(array, warp, column));
   }
-  args.maxima[k] = maximum * kLn2;
-  args.sums[k] = sum;
-}
+};
 
-__global__ void __launch_bounds__(kColumnThreads) finish(SinkhornFinish args) {
-  const int64_t k = block_index<0>() * kColumnThreads + thread_index();
-  if (k < args.prototypes) args.columns[k] = args.sums[k] == 0.f ? 0.f : args.shift[k] - logf(args.sums[k]);
-}
-
-// This thread's share of a row: N columns, then N columns kRowThreads * N further on. Operation::add takes each score
-// (units of log2).
-template <Element E, int N, class Visit>
-__device__ __forceinline__ void visit_row(const SinkhornLogits& logits, int64_t row, const float* columns,
-                                          Visit visit) {
-  const auto* x = row_of<E>(logits, row);
-#pragma unroll 2
-  for (int64_t k = int64_t(thread_index()) * N; k < logits.prototypes; k += kRowThreads * N) {
-    float value[N];
-    load_elements<E, N>(x + k, value);
-#pragma unroll
-    for (int i = 0; i < N; ++i) visit(fmaf(value[i], logits.scale, columns[k + i] * kLog2E));
-  }
-}
-
-// One block per row: its potential.
+// grid (columns / (32 N), splits): maximum and sum over a split's rows of 2^(scale x), a column's in one thread of each
+// warp. Writes the result where there is one split, else partial (2, splits, prototypes): maxima, then sums.
+// Shared memory: two floats for each of kWarps * 32 N columns.
 template <Element E, int N>
-__global__ void __launch_bounds__(kRowThreads) row_potential(SinkhornRowSums args) {
-  const int64_t row = block_index<0>();
-  float shift = args.previous[row] * kLog2E;
-  auto sum_with_shift = [&] {
-    float sum = 0.f;
-    visit_row<E, N>(args.logits, row, args.columns, [&](float score) { sum += exp2_approx(score + shift); });
-    return block_reduce<Add, kRowThreads>(sum, shared_base());
-  };
-  float sum = sum_with_shift();
-  if (!(sum >= 0x1p-60f && sum <= 0x1p60f)) {  // the same for the whole block
-    float maximum = -INFINITY;
-    visit_row<E, N>(args.logits, row, args.columns, [&](float score) { maximum = fmaxf(maximum, score); });
-    maximum = block_reduce<Larger, kRowThreads>(maximum, shared_base());
-    shift = maximum > -INFINITY ? -maximum : 0.f;
-    sum = sum_with_shift();
-  }
-  if (thread_index() == 0) args.rows[row] = shift * kLn2 - logf(sum);
-}
-
-// Grid and ownership as in column_partial: sums of the finished rows. partial: (splits, prototypes).
-template <Element E, int N>
-__global__ void __launch_bounds__(kColumnThreads) next_partial(SinkhornRowSums args, int64_t rows_of_split) {
+__global__ void __launch_bounds__(kThreads) column_partial(SinkhornColumnSums args, int64_t rows_of_split) {
   const SinkhornLogits& logits = args.logits;
-  const int64_t k = (block_index<0>() * kColumnThreads + thread_index()) * N;
-  if (k >= logits.prototypes) return;
-  const int64_t first = block_index<1>() * rows_of_split, last = min(first + rows_of_split, logits.rows);
-  float sum[N], column[N];
+  const int64_t k = (block_index<0>() * 32 + lane_index()) * N;
+  LogSum state[N];
+  if (k < logits.prototypes) {
+    visit_rows<E, N>(
+        logits, rows_of_split, k, [](int64_t) { return 0.f; },
+        [&](const float(&x)[kAtOnce][N], const float(&)[kAtOnce]) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) sum[i] = 0.f, column[i] = args.columns[k + i] * kLog2E;
-#pragma unroll 4
-  for (int64_t row = first; row < last; ++row) {
-    const float potential = args.rows[row] * kLog2E;
-    float x[N];
-    load_elements<E, N>(row_of<E>(logits, row) + k, x);
+          for (int i = 0; i < N; ++i) {
+            float column[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < N; ++i) sum[i] += exp2_approx(fmaf(x[i], logits.scale, column[i]) + potential);
+            for (int j = 0; j < kAtOnce; ++j) column[j] = x[j][i];
+            state[i].add(column, logits.scale);
+          }
+        });
   }
+  const ColumnScratch<N> scratch;
+  float maximum[N], sum[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) args.partial[block_index<1>() * logits.prototypes + k + i] = sum[i];
+  for (int i = 0; i < N; ++i) maximum[i] = state[i].maximum, sum[i] = state[i].sum;
+  scratch.store(0, maximum);
+  scratch.store(1, sum);
+  block_barrier();
+  const bool alone = grid_size<1>() == 1;
+  float* maxima = alone ? args.maxima : args.partial + block_index<1>() * logits.prototypes;
+  float* sums = alone ? args.sums : args.partial + (grid_size<1>() + block_index<1>()) * logits.prototypes;
+  const int column = thread_index();
+  const int64_t index = block_index<0>() * scratch.kColumns + column;
+  if (column >= scratch.kColumns || index >= logits.prototypes) return;
+  LogSum total;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) {
+    LogSum one;
+    one.maximum = scratch.load(0, warp, column), one.sum = scratch.load(1, warp, column);
+    total.merge(one, logits.scale);
+  }
+  store_global(maxima + index, alone ? natural_maximum(total, logits.scale) : total.maximum);
+  store_global(sums + index, total.sum);
 }
 
-__global__ void __launch_bounds__(kColumnThreads) next_combine(SinkhornRowSums args, int64_t splits) {
-  const int64_t k = block_index<0>() * kColumnThreads + thread_index();
-  if (k >= args.logits.prototypes) return;
+// One thread per column: the splits' pairs in order.
+__global__ void __launch_bounds__(kThreads) column_combine(SinkhornColumnSums args, int64_t splits) {
+  const int64_t prototypes = args.logits.prototypes;
+  const int64_t k = block_index<0>() * kThreads + thread_index();
+  if (k >= prototypes) return;
+  LogSum total;
+  for (int64_t split = 0; split < splits; ++split) {
+    LogSum one;
+    one.maximum = load_global(args.partial + split * prototypes + k);
+    one.sum = load_global(args.partial + (splits + split) * prototypes + k);
+    total.merge(one, args.logits.scale);
+  }
+  store_global(args.maxima + k, natural_maximum(total, args.logits.scale));
+  store_global(args.sums + k, total.sum);
+}
+
+__global__ void __launch_bounds__(kThreads) finish(SinkhornFinish args) {
+  const int64_t k = block_index<0>() * kThreads + thread_index();
+  if (k >= args.prototypes) return;
+  const float sum = load_global(args.sums + k);
+  store_global(args.columns + k, sum == 0.f ? 0.f : load_global(args.shift + k) - logf(sum));
+}
+
+// Blocks: (kRows rows, range of columns). A thread takes N columns (16 bytes) of all its rows, then those kThreads N
+// further on. Writes the potentials where there is one range, else row_partial (2, ranges, rows): maxima in units of
+// log2, then sums. Shared memory: two floats for each of kRows * kWarps.
+template <Element E, int N>
+__global__ void __launch_bounds__(kThreads)
+    row_partial(SinkhornRowSums args, int64_t ranges, int64_t columns_of_range) {
+  const SinkhornLogits& logits = args.logits;
+  const int64_t first_row = uint32_t(block_index<0>()) / uint32_t(ranges) * int64_t(kRows);
+  const int64_t range = uint32_t(block_index<0>()) % uint32_t(ranges);
+  const int64_t rows = logits.rows - first_row;
+  const auto* from = row_of<E>(logits, first_row);
+  LogSum state[kRows];
+  const int64_t first = range * columns_of_range, behind = first + columns_of_range;
+  const int64_t last = behind < logits.prototypes ? behind : logits.prototypes;
+  for (int64_t k = first + int64_t(thread_index()) * N; k < last; k += kThreads * N) {
+    typename Packed<E, N>::Type packed[kRows];
+    float column[N];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r < rows) packed[r] = load_packed<E, N>(from + r * logits.row_stride + k);
+    }
+    load_floats<N>(args.columns + k, column);
+#pragma unroll
+    for (int i = 0; i < N; ++i) column[i] *= kLog2E;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r < rows) {
+        float x[N];
+        widen_packed<E, N>(packed[r], x);
+#pragma unroll
+        for (int i = 0; i < N; ++i) x[i] = fmaf(x[i], logits.scale, column[i]);
+        state[r].add(x, 1.f);
+      }
+    }
+  }
+  const auto place = [](int r, int number, int warp) {
+    return shared_base() + 4u * uint32_t((r * 2 + number) * kWarps + warp);
+  };
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    state[r].reduce_over_warp(1.f);
+    if (lane_index() == 0) {
+      store_shared(place(r, 0, warp_index()), state[r].maximum);
+      store_shared(place(r, 1, warp_index()), state[r].sum);
+    }
+  }
+  block_barrier();
+  const int r = thread_index();
+  if (r >= kRows || r >= rows) return;
+  LogSum total;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) {
+    LogSum one;
+    one.maximum = load_shared<float>(place(r, 0, warp)), one.sum = load_shared<float>(place(r, 1, warp));
+    total.merge(one, 1.f);
+  }
+  const int64_t row = first_row + r;
+  if (ranges == 1) {
+    store_global(args.rows + row, -total.maximum * kLn2 - logf(total.sum));
+  } else {
+    store_global(args.row_partial + range * logits.rows + row, total.maximum);
+    store_global(args.row_partial + (ranges + range) * logits.rows + row, total.sum);
+  }
+}
+
+// One thread per row: the ranges' pairs in order.
+__global__ void __launch_bounds__(kThreads) row_combine(SinkhornRowSums args, int64_t ranges) {
+  const int64_t rows = args.logits.rows, row = block_index<0>() * kThreads + thread_index();
+  if (row >= rows) return;
+  LogSum total;
+  for (int64_t range = 0; range < ranges; ++range) {
+    LogSum one;
+    one.maximum = load_global(args.row_partial + range * rows + row);
+    one.sum = load_global(args.row_partial + (ranges + range) * rows + row);
+    total.merge(one, 1.f);
+  }
+  store_global(args.rows + row, -total.maximum * kLn2 - logf(total.sum));
+}
+
+// Grid and ownership as in column_partial: sums of the finished rows, into the result or partial (splits, prototypes).
+// Shared memory: a float for each of kWarps * 32 N columns.
+template <Element E, int N>
+__global__ void __launch_bounds__(kThreads) next_partial(SinkhornRowSums args, int64_t rows_of_split) {
+  const SinkhornLogits& logits = args.logits;
+  const int64_t k = (block_index<0>() * 32 + lane_index()) * N;
+  float sum[N] = {};
+  if (k < logits.prototypes) {
+    float column[N];
+    load_floats<N>(args.columns + k, column);
+#pragma unroll
+    for (int i = 0; i < N; ++i) column[i] *= kLog2E;
+    visit_rows<E, N>(
+        logits, rows_of_split, k, [&](int64_t row) { return load_global(args.rows + row) * kLog2E; },
+        [&](const float(&x)[kAtOnce][N], const float(&potential)[kAtOnce]) {
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) {
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+              sum[i] += exp2_approx(fmaf(x[j][i], logits.scale, column[i]) + potential[j]);
+            }
+          }
+        });
+  }
+  const ColumnScratch<N> scratch;
+  scratch.store(0, sum);
+  block_barrier();
+  const int column = thread_index();
+  const int64_t index = block_index<0>() * scratch.kColumns + column;
+  if (column >= scratch.kColumns || index >= logits.prototypes) return;
+  float total = 0.f;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) total += scratch.load(0, warp, column);
+  store_global((grid_size<1>() == 1 ? args.sums : args.partial + block_index<1>() * logits.prototypes) + index, total);
+}
+
+__global__ void __launch_bounds__(kThreads) next_combine(SinkhornRowSums args, int64_t splits) {
+  const int64_t prototypes = args.logits.prototypes, k = block_index<0>() * kThreads + thread_index();
+  if (k >= prototypes) return;
   float sum = 0.f;
-  for (int64_t split = 0; split < splits; ++split) sum += args.partial[split * args.logits.prototypes + k];
-  args.sums[k] = sum;
+  for (int64_t split = 0; split < splits; ++split) sum += load_global(args.partial + split * prototypes + k);
+  store_global(args.sums + k, sum);
 }
 
+}  // namespace sinkhorn
 }  // namespace dinov3_ext

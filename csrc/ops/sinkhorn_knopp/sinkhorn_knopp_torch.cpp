@@ -26,6 +26,7 @@ SinkhornLogits check_logits(const char* op, const Tensor& logits, double tempera
 
 #if !defined(DINOV3_EXT_WITH_CUDA)
 int64_t sinkhorn_splits_cuda(int64_t, int64_t) { return 0; }
+int64_t sinkhorn_ranges_cuda(int64_t, int64_t) { return 0; }
 int sinkhorn_column_sums_cuda(const SinkhornColumnSums&, void*) { return kBuiltWithoutCuda; }
 int sinkhorn_finish_cuda(const SinkhornFinish&, void*) { return kBuiltWithoutCuda; }
 int sinkhorn_row_sums_cuda(const SinkhornRowSums&, void*) { return kBuiltWithoutCuda; }
@@ -61,13 +62,16 @@ std::tuple<Tensor, Tensor> sinkhorn_row_sums(const Tensor& logits, const Tensor&
   check_vector(op, "columns", columns, checked.prototypes, logits);
   const int64_t splits =
       runs_on_cpu(logits) ? sinkhorn_splits_cpu(checked.rows) : sinkhorn_splits_cuda(checked.rows, checked.prototypes);
+  const int64_t ranges = runs_on_cpu(logits) ? 0 : sinkhorn_ranges_cuda(checked.rows, checked.prototypes);
   Tensor rows = empty(logits, {checked.rows}, ScalarType::Float);
+  Tensor row_partial = empty(logits, {2, ranges, checked.rows}, ScalarType::Float);
   // At least one element, so that "wanted" and "null" never mean the same.
   Tensor partial = empty(logits, {column_sums ? splits * checked.prototypes + 1 : 0}, ScalarType::Float);
   Tensor sums = empty(logits, {column_sums ? checked.prototypes : 0}, ScalarType::Float);
   const SinkhornRowSums args{checked,
                              input<float>(previous),
                              input<float>(columns),
+                             output<float>(row_partial),
                              column_sums ? output<float>(partial) : nullptr,
                              output<float>(rows),
                              column_sums ? output<float>(sums) : nullptr};

@@ -1,0 +1,48 @@
+// The logarithm of a sum of exponentials in one pass: a maximum and a sum relative to it.
+#pragma once
+
+#include "core/block_reduce.cuh"
+
+namespace dinov3_ext {
+
+// Of numbers x: sum of 2^(scale x), as `sum` times 2^(scale maximum). Every call on one object takes the same scale >
+// 0. A NaN or an infinite x makes the sum NaN; x = -inf adds nothing.
+struct LogSum {
+  // Where the maximum begins: below every number met in practice, and its product with a scale still finite, so that
+  // x = -inf adds 2^-inf = 0 and never inf - inf.
+  static constexpr float kLowest = -1e30f;
+
+  float maximum = kLowest;
+  float sum = 0.f;
+
+  __device__ __forceinline__ bool nothing() const { return maximum == kLowest; }
+
+  // One exponential for each number, and one to move the sum to the new maximum.
+  template <int N>
+  __device__ __forceinline__ void add(const float (&x)[N], float scale) {
+    float highest = maximum;
+#pragma unroll
+    for (int i = 0; i < N; ++i) highest = fmaxf(highest, x[i]);
+    const float shift = highest * scale;
+    float added = 0.f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) added += exp2_approx(fmaf(x[i], scale, -shift));
+    sum = fmaf(sum, exp2_approx(fmaf(maximum, scale, -shift)), added);
+    maximum = highest;
+  }
+
+  __device__ __forceinline__ void merge(const LogSum& other, float scale) {
+    const float highest = fmaxf(maximum, other.maximum);
+    sum = sum * exp2_approx((maximum - highest) * scale) + other.sum * exp2_approx((other.maximum - highest) * scale);
+    maximum = highest;
+  }
+
+  // Over the 32 lanes; every lane gets the result.
+  __device__ __forceinline__ void reduce_over_warp(float scale) {
+    const float highest = warp_reduce<Larger>(maximum);
+    sum = warp_reduce<Add>(sum * exp2_approx((maximum - highest) * scale));
+    maximum = highest;
+  }
+};
+
+}  // namespace dinov3_ext
