@@ -108,6 +108,36 @@ __device__ __forceinline__ void load_left_transposed(uint32_t (&a)[MT][KT][4], T
   }
 }
 
+// b[n / 2]: right operands b0, b1 | b0, b1 of the 8 NT rows from `row` on and the columns column .. column + 15:
+// outputs n run along the tile's rows. For operands that several products use.
+template <int NT, int Columns>
+__device__ __forceinline__ void load_right_rows(uint32_t (&b)[NT / 2][4], Tile<Columns> tile, int row, int column) {
+#pragma unroll
+  for (int n = 0; n < NT; n += 2) {
+    load_matrices(b[n / 2], right_address_rows(tile, row + 8 * n, column, lane_index()));
+  }
+}
+
+// The same of the rows row .. row + 15 and the 8 NT columns from `column` on: outputs n run along the tile's columns.
+template <int NT, int Columns>
+__device__ __forceinline__ void load_right_columns(uint32_t (&b)[NT / 2][4], Tile<Columns> tile, int row, int column) {
+#pragma unroll
+  for (int n = 0; n < NT; n += 2) {
+    load_matrices_transposed(b[n / 2], right_address_columns(tile, row, column + 8 * n, lane_index()));
+  }
+}
+
+// d[n] += a b[n] of operands held in registers.
+template <Element E, int NT>
+__device__ __forceinline__ void product_of_operands(float (&d)[NT][4], const uint32_t (&a)[4],
+                                                    const uint32_t (&b)[NT / 2][4]) {
+#pragma unroll
+  for (int n = 0; n < NT; n += 2) {
+    multiply_add<E>(d[n], a, b[n / 2][0], b[n / 2][1]);
+    multiply_add<E>(d[n + 1], a, b[n / 2][2], b[n / 2][3]);
+  }
+}
+
 // d[m][n] += sum over k of a[m][k] B^T, where B is the 8 NT x 16 KT part of the tile at (row, column): outputs n run
 // along the tile's rows. (Scores: queries in `a`, keys in the tile.)
 template <Element E, int MT, int NT, int KT, int Columns>

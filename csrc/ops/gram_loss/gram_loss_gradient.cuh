@@ -44,13 +44,38 @@ __device__ __forceinline__ void start_gradient_step(const GramWork& work, int64_
   }
 }
 
-// Entries of F at columns k .. k + 15 of a step, as left operands; above the diagonal the step holds their transpose.
-template <int Tile, int MT>
-__device__ __forceinline__ void load_entries(uint32_t (&a)[MT][1][4], uint32_t left, int k, bool above) {
+// Entries of F at rows `row` and columns k .. k + 15 of a step, as a left operand; above the diagonal the step holds
+// their transpose.
+template <int Tile>
+__device__ __forceinline__ void load_entries(uint32_t (&a)[4], uint32_t left, int row, int k, bool above) {
   if (above) {
-    load_left_transposed(a, dinov3_ext::Tile<Tile>{left}, k, GramTile<Tile>::row());
+    load_matrices_transposed(a, left_address_transposed(dinov3_ext::Tile<Tile>{left}, k, row, lane_index()));
   } else {
-    load_left(a, dinov3_ext::Tile<kGramDepth>{left}, GramTile<Tile>::row(), k);
+    load_matrices(a, left_address(dinov3_ext::Tile<kGramDepth>{left}, row, k, lane_index()));
+  }
+}
+
+// Adds one step's products.
+template <int Tile, int Parts, int MT, int NT>
+__device__ __forceinline__ void add_gradient_step(float (&sums)[MT][NT][4], uint32_t stage, bool above) {
+  using Layout = GramTile<Tile>;
+  using Operand = dinov3_ext::Tile<Tile>;
+  constexpr uint32_t kBytes = GramGradient<Tile, Parts>::kOperandBytes;
+  const uint32_t right = stage + Parts * kBytes;
+#pragma unroll
+  for (int k = 0; k < kGramDepth; k += 32 / Parts) {
+    const int second = Parts == 2 ? k : k + 16;  // the low part, or the next 16 terms
+    const uint32_t low = Parts == 2 ? kBytes : 0;
+    uint32_t b[2][NT / 2][4];
+    load_right_columns<NT>(b[0], Operand{right}, k, Layout::column());
+    load_right_columns<NT>(b[1], Operand{right + low}, second, Layout::column());
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      uint32_t a[2][4];
+      load_entries<Tile>(a[0], stage, Layout::row() + 16 * m, k, above);
+      load_entries<Tile>(a[1], stage + low, Layout::row() + 16 * m, second, above);
+      add_products<Parts>(sums[m], a, b);
+    }
   }
 }
 
@@ -81,7 +106,6 @@ __global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_gradient(GramWo
   using Layout = GramTile<Tile>;
   using Stages = GramGradient<Tile, Parts>;
   constexpr int MT = Layout::MT, NT = Layout::NT;
-  constexpr uint32_t kBytes = Stages::kOperandBytes;
   const int64_t row_block = block_index<0>(), image = block_index<2>();
   const int64_t first_column = block_index<1>() * Tile;
   const uint32_t shared = shared_base();
@@ -117,21 +141,9 @@ __global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_gradient(GramWo
     copy_async_wait<Stages::kStages - 2>();
     block_barrier();  // step `step` is there for all, and none still reads step `step - 1`, whose place is filled next
     start(step + Stages::kStages - 1);
-    const uint32_t left = stage_of(step), right = left + Parts * kBytes;
-    const bool above = int64_t(step) * kGramDepth / Tile > row_block;
-    const dinov3_ext::Tile<Tile> high{right}, low{right + kBytes};
-#pragma unroll
-    for (int k = 0; k < kGramDepth; k += 16) {
-      uint32_t a[MT][1][4];
-      if constexpr (Parts == 2) {
-        load_entries<Tile>(a, left + kBytes, k, above);
-        product_with_columns<kGramElement>(sums, a, high, k, Layout::column());
-      }
-      load_entries<Tile>(a, left, k, above);
-      if constexpr (Parts == 2) product_with_columns<kGramElement>(sums, a, low, k, Layout::column());
-      product_with_columns<kGramElement>(sums, a, high, k, Layout::column());
-    }
+    add_gradient_step<Tile, Parts>(sums, stage_of(step), int64_t(step) * kGramDepth / Tile > row_block);
   }
+
   const uint16_t* packed = work.student + image * Parts * work.patches * work.packed_width;
 #pragma unroll
   for (int m = 0; m < MT; ++m) {

@@ -23,48 +23,46 @@ struct GramTiles {
   static_assert(kStagedBytes + (GramTile<Tile>::kAcross + GramTile<Tile>::kDown) * Tile * 4 + 32 <= kSharedBytes);
 };
 
-// Starts copying step `step`: rows row_block and column_block of the student's or, from `depth_steps` on, the teacher's
-// packed features.
+// Starts copying the operands of one step, 32 columns of two blocks of rows; one, where they are the same.
 template <int Tile, int Parts>
-__device__ __forceinline__ void start_features(const GramWork& work, int64_t image, int64_t row_block,
-                                               int64_t column_block, int step, int depth_steps, uint32_t stage) {
-  const bool teacher = step >= depth_steps;
-  const int64_t plane = work.patches * work.packed_width;
-  const uint16_t* from = (teacher ? work.teacher : work.student) + image * Parts * plane +
-                         (teacher ? step - depth_steps : step) * kGramDepth;
+__device__ __forceinline__ void start_features(const GramWork& work, const uint16_t* rows, const uint16_t* columns,
+                                               int valid_rows, int valid_columns, uint32_t stage) {
   constexpr int kThreads = GramTile<Tile>::kThreads, kBytes = GramTiles<Tile, Parts>::kOperandBytes;
+  const int64_t plane = work.patches * work.packed_width;
 #pragma unroll
   for (int part = 0; part < Parts; ++part) {
-    const int64_t first = row_block * Tile;
-    copy_tile_async<Tile, kThreads>(dinov3_ext::Tile<kGramDepth>{stage + uint32_t(part * kBytes)},
-                                    from + part * plane + first * work.packed_width, work.packed_width,
-                                    int(work.patches - first));
-    if (column_block == row_block) continue;
-    const int64_t other = column_block * Tile;
+    copy_tile_async<Tile, kThreads>(dinov3_ext::Tile<kGramDepth>{stage + uint32_t(part * kBytes)}, rows + part * plane,
+                                    work.packed_width, valid_rows);
+  }
+  if (columns == rows) return;
+#pragma unroll
+  for (int part = 0; part < Parts; ++part) {
     copy_tile_async<Tile, kThreads>(dinov3_ext::Tile<kGramDepth>{stage + uint32_t((Parts + part) * kBytes)},
-                                    from + part * plane + other * work.packed_width, work.packed_width,
-                                    int(work.patches - other));
+                                    columns + part * plane, work.packed_width, valid_columns);
   }
 }
 
 // Adds one step's products.
 template <int Tile, int Parts, int MT, int NT>
-__device__ __forceinline__ void add_products(float (&sums)[MT][NT][4], uint32_t stage, bool diagonal) {
+__device__ __forceinline__ void add_step(float (&sums)[MT][NT][4], uint32_t stage, bool diagonal) {
   using Layout = GramTile<Tile>;
+  using Operand = dinov3_ext::Tile<kGramDepth>;
   constexpr uint32_t kBytes = GramTiles<Tile, Parts>::kOperandBytes;
   const uint32_t right = diagonal ? stage : stage + Parts * kBytes;
-  const dinov3_ext::Tile<kGramDepth> row_high{stage}, row_low{stage + kBytes};
-  const dinov3_ext::Tile<kGramDepth> column_high{right}, column_low{right + kBytes};
 #pragma unroll
-  for (int k = 0; k < kGramDepth; k += 16) {
-    uint32_t a[MT][1][4];
-    if constexpr (Parts == 2) {
-      load_left(a, row_low, Layout::row(), k);
-      product_with_rows<kGramElement>(sums, a, column_high, Layout::column(), k);
+  for (int k = 0; k < kGramDepth; k += 32 / Parts) {
+    const int second = Parts == 2 ? k : k + 16;  // the low part, or the next 16 columns
+    const uint32_t low = Parts == 2 ? kBytes : 0;
+    uint32_t b[2][NT / 2][4];
+    load_right_rows<NT>(b[0], Operand{right}, Layout::column(), k);
+    load_right_rows<NT>(b[1], Operand{right + low}, Layout::column(), second);
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      uint32_t a[2][4];
+      load_matrices(a[0], left_address(Operand{stage}, Layout::row() + 16 * m, k, lane_index()));
+      load_matrices(a[1], left_address(Operand{stage + low}, Layout::row() + 16 * m, second, lane_index()));
+      add_products<Parts>(sums[m], a, b);
     }
-    load_left(a, row_high, Layout::row(), k);
-    if constexpr (Parts == 2) product_with_rows<kGramElement>(sums, a, column_low, Layout::column(), k);
-    product_with_rows<kGramElement>(sums, a, column_high, Layout::column(), k);
   }
 }
 
@@ -133,9 +131,15 @@ __global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_tiles(GramWork 
   float student[MT][NT][4] = {}, teacher[MT][NT][4] = {};
   const int depth_steps = int((work.width + kGramDepth - 1) / kGramDepth), steps = 2 * depth_steps;
   const auto stage_of = [&](int step) { return shared + uint32_t(step % Stages::kStages * Stages::kStageBytes); };
+  const uint16_t* const packed = work.student + image * Parts * work.patches * work.packed_width;
+  const uint16_t* const rows = packed + row_block * Tile * work.packed_width;
+  const uint16_t* const columns = packed + column_block * Tile * work.packed_width;
+  const int valid_rows = int(work.patches - row_block * Tile), valid_columns = int(work.patches - column_block * Tile);
   const auto start = [&](int step) {
     if (step < steps) {
-      start_features<Tile, Parts>(work, image, row_block, column_block, step, depth_steps, stage_of(step));
+      const int64_t offset = step < depth_steps ? int64_t(step) * kGramDepth
+                                                : work.teacher - work.student + (step - depth_steps) * kGramDepth;
+      start_features<Tile, Parts>(work, rows + offset, columns + offset, valid_rows, valid_columns, stage_of(step));
     }
     copy_async_commit();
   };
@@ -149,12 +153,12 @@ __global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_tiles(GramWork 
 #pragma unroll 1
   for (int step = 0; step < depth_steps; ++step) {
     next(step);
-    add_products<Tile, Parts>(student, stage_of(step), diagonal);
+    add_step<Tile, Parts>(student, stage_of(step), diagonal);
   }
 #pragma unroll 1
   for (int step = depth_steps; step < steps; ++step) {
     next(step);
-    add_products<Tile, Parts>(teacher, stage_of(step), diagonal);
+    add_step<Tile, Parts>(teacher, stage_of(step), diagonal);
   }
   block_barrier();  // shared memory is free
 
