@@ -35,6 +35,16 @@ def cases(level: str) -> list[Case]:
     return [case(*shape, dtype, contenders) for shape in SHAPES[level] for dtype in dtypes]
 
 
+def counted() -> list[tuple[Case, float, Case]]:
+    """For counted.py: (case for the emulator, factor, case of a recipe): fewer prototypes."""
+
+    def at(crops: int, views: int, rows: int, prototypes: int) -> Case:
+        contenders = {"ours": trained(temperatures(assignment_cross_entropy))}
+        return case(crops, views, rows, prototypes, torch.bfloat16, contenders)
+
+    return [(at(*shape, k // 32), 32, at(*shape, k)) for *shape, k in SHAPES["recipe"]]
+
+
 def case(crops: int, views: int, rows: int, prototypes: int, dtype: torch.dtype, contenders: dict) -> Case:
     def inputs(number: int, device: str) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(number + 1000)

@@ -27,6 +27,16 @@ def cases(level: str) -> list[Case]:
     return [case(*shape, torch.float32, level, contenders) for shape in SHAPES[level]]
 
 
+def counted() -> list[tuple[Case, float, Case]]:
+    """For counted.py: (case for the emulator, factor, case of a recipe): one image; those of 2304 patches take minutes
+    and are left out."""
+
+    def at(images: int, patches: int, width: int) -> Case:
+        return case(images, patches, width, torch.float32, "recipe", {"ours": trained(gram_loss)})
+
+    return [(at(1, *shape), images, at(images, *shape)) for images, *shape in SHAPES["recipe"] if shape[0] <= 256]
+
+
 def case(images: int, patches: int, width: int, dtype: torch.dtype, level: str, contenders: dict) -> Case:
     def inputs(number: int, device: str) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(number + 1000)

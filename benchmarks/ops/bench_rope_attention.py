@@ -51,6 +51,17 @@ def cases(level: str) -> list[Case]:
     return [case(*shape, dtype) for shape in SHAPES[level] for dtype in dtypes]
 
 
+def counted() -> list[tuple[Case, float, Case]]:
+    """For counted.py: (case for the emulator, factor, case of a recipe): one head, the fewest sequences of
+    the same mix."""
+    found = []
+    for groups, heads, width in SHAPES["recipe"]:
+        fewer = min(count for count, _, _ in groups)
+        small = [(count // fewer, height, lines) for count, height, lines in groups]
+        found.append((case(small, 1, width, torch.bfloat16), fewer * heads, case(groups, heads, width, torch.bfloat16)))
+    return found
+
+
 def case(groups: list[tuple[int, int, int]], heads: int, width: int, dtype: torch.dtype) -> Case:
     layout = Layout.uniform(groups, prefix=PREFIX, tables="sequence")
     scale = width**-0.5

@@ -48,6 +48,15 @@ def cases(level: str) -> list[Case]:
     return [case(rows, prototypes, dtype, level, contenders) for rows, prototypes in SHAPES[level] for dtype in dtypes]
 
 
+def counted() -> list[tuple[Case, float, Case]]:
+    """For counted.py: (case for the emulator, factor, case of a recipe): fewer prototypes."""
+
+    def at(rows: int, prototypes: int) -> Case:
+        return case(rows, prototypes, torch.bfloat16, "recipe", {"ours": ours})
+
+    return [(at(rows, prototypes // 32), 32, at(rows, prototypes)) for rows, prototypes in SHAPES["recipe"]]
+
+
 def case(rows: int, prototypes: int, dtype: torch.dtype, level: str, contenders: dict) -> Case:
     def inputs(number: int, device: str) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(number + 1000)
