@@ -27,8 +27,10 @@ constexpr int kStreamRows = 128, kStreamStep = 32;
 Tiling choose_tiling(int width, int tokens, int architecture) {
   const int tiles = (tokens + 15) / 16, parts = tiles <= 9 ? 1 : 2;
   if (tokens <= resident_tokens(width)) {
-    // Two blocks to a processor where that takes 16 keys at a time instead of 32; else whatever fits.
-    for (const int key_rows : {32, 16}) {
+    // 32 keys at a time halve the barriers; 16 where shared memory is small (there two parts of 32 keys would also
+    // spill 72 bytes for sm_120, and the tensor cores are slow enough to hide the difference).
+    const bool small = shared_bytes_per_block(architecture) < 128 * 1024;
+    for (const int key_rows : {small && parts == 2 ? 16 : 32, 16}) {
       const int bytes = resident_shared_bytes(width, 16 * tiles, key_rows);
       if (bytes <= shared_bytes_per_block(architecture)) return {true, parts, key_rows, tiles <= 4 ? 4 : 9};
     }

@@ -295,7 +295,7 @@ __device__ __forceinline__ void query_step(float (&dq)[MT][Width / 8][4], Tile<W
                                            float scale_log2, KeepP keep_p, KeepDs keep_ds) {
   uint32_t rounded[MT][NT / 2][4];
   float s[MT][NT][4] = {};
-#pragma unroll
+#pragma unroll 2
   for (int k = 0; k < Width / 16; ++k) {
     uint32_t a[MT][1][4];
     load_left(a, query, query_row, 16 * k);
@@ -324,7 +324,7 @@ __device__ __forceinline__ void query_step(float (&dq)[MT][Width / 8][4], Tile<W
   keep_p(rounded);
 
   float d[MT][NT][4] = {};
-#pragma unroll
+#pragma unroll 2
   for (int k = 0; k < Width / 16; ++k) {
     uint32_t a[MT][1][4];
     load_left(a, grad, query_row, 16 * k);
@@ -609,7 +609,7 @@ __global__ void __launch_bounds__(32 * Warps) backward_keys(RopeAttentionBackwar
       for (int m = 0; m < MT; ++m) round_to_left<T, NT / 2>(p[m], s[m]);
       product_with_columns<T>(dv, p, grad, 0, 0);
       float d[MT][NT][4] = {};
-#pragma unroll
+#pragma unroll 2  // whole, it spills 40 bytes at width 64
       for (int k = 0; k < Width / 16; ++k) {
         uint32_t a[MT][1][4];
         load_left(a, value, tile_row, 16 * k);
