@@ -3,11 +3,11 @@
     python benchmarks/counted.py [--op NAME] [--csv FILE]
 
 The emulator (csrc/emulator) runs the kernels and counts: distinct 32-byte sectors of global memory per launch, the
-bytes the threads asked for, tensor-core products, special functions, bank conflicts. Shapes are those of the recipes, with
-fewer images, heads or prototypes where the emulator would be slow; counts are then multiplied by the factor that is
-printed. Floors: for each kernel the larger of bytes / bandwidth and FLOPs / peak, added up over the kernels, which run
-one after another. Eager and compiled: bytes of PyTorch's operations, counted from the reference's code (the derivations
-stand in benchmarks/ops/bench_*.py), over the same bandwidth.
+bytes the threads asked for, tensor-core products, special functions, bank conflicts. Shapes are those of the recipes,
+with fewer images, heads or prototypes where the emulator would be slow; counts are then multiplied by the factor that
+is printed. Floors: for each kernel the larger of bytes / bandwidth and FLOPs / peak, added up over the kernels, which
+run one after another. Eager and compiled: bytes of PyTorch's operations, counted from the reference's code (the
+derivations stand in benchmarks/ops/bench_*.py), over the same bandwidth.
 """
 
 import argparse
