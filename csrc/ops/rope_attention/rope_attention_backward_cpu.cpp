@@ -1,8 +1,8 @@
 // The backward of rope_attention on the CPU.
 //
 // One sequence and head. Kept for the whole sequence: R(k) and v as rows, R(k) transposed, the sums of dR(k) and dv.
-// Then, for 64 queries at a time and chunks of at most 128 keys (64 KB of scores and as much of their gradient, which
-// stay in the second cache), with the gradient g of the result:
+// Then, for 64 queries (128 of bf16) at a time and chunks of at most 128 keys (32 or 64 KB of scores and as much of
+// their gradient, which stay in the second cache), with the gradient g of the result:
 //   S^T = R(k) R(q)^T,  dP^T = v g^T,  P = exp2(S - lse),  dS = P (dP - delta)
 //   dv += P^T g,  dR(k) += dS^T R(q),  dR(q)^T += R(k)^T dS^T
 // Five products, each done once; every task writes gradients that no other task touches.
@@ -14,7 +14,7 @@ namespace dinov3_ext {
 namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr int64_t kQueries = 64;      // of one block
+constexpr int64_t kQueryWords = 64;   // of one block: as many queries of floats, twice as many of bf16
 constexpr int64_t kKeysAtOnce = 128;  // of one chunk
 
 // Rows of a block of queries (or of the gradient of their results) as the right operands of both kinds of product.
@@ -29,18 +29,18 @@ struct BackwardBuffers {
   int64_t bytes;
   BackwardBuffers(const Sizes& sizes, char* scratch) {
     Blocks blocks(scratch);
-    const int64_t panels = kQueries / 16, row_bytes = sizes.row_words * 4;
+    const int64_t panels = kQueryWords * sizes.pair / 16, row_bytes = sizes.row_words * 4;
     const int64_t chunk_lines = kKeysAtOnce * kLine, operand_lines = divide_up(panels, sizes.pair) * chunk_lines;
     keys = blocks.take(sizes.padded * row_bytes);
     values = blocks.take(sizes.padded * row_bytes);
     keys_across = blocks.take(sizes.lines * sizes.width * kLine);
     keys_grad = blocks.take(sizes.padded * sizes.width * 4);
     values_grad = blocks.take(sizes.padded * sizes.width * 4);
-    rows = blocks.take(kQueries * row_bytes);
+    rows = blocks.take(kQueryWords * sizes.pair * row_bytes);
     stacked = blocks.take(sizes.width * kLine);
     for (BlockOperands* operands : {&query, &grad}) {
       operands->across = blocks.take(panels * sizes.row_words * kLine);
-      operands->along = blocks.take(sizes.width / 16 * kQueries / sizes.pair * kLine);
+      operands->along = blocks.take(sizes.width / 16 * kQueryWords * kLine);
     }
     scores = blocks.take(panels * chunk_lines);
     weights_grad = blocks.take(panels * chunk_lines);
@@ -75,6 +75,7 @@ struct Backward {
         qkv(static_cast<const char*>(args.qkv) +
             (sequence.first_token * args.stride.token + sequence.head * args.stride.head) * size()) {}
 
+  int64_t block() const { return kQueryWords * sizes.pair; }
   int64_t size() const { return element_bytes(args.packed.element); }
   const char* part(int64_t number) const { return qkv + number * args.stride.part * size(); }
   char* grad_of_part(int64_t number) const {
@@ -111,13 +112,13 @@ struct Backward {
     }
     for (int64_t line = 0; line < padded / sizes.line_rows; ++line) {
       kernels.stack({buffers.rows + line * sizes.line_rows * row_bytes, row_bytes, to.along + line * 16 * kLine,
-                     kQueries / sizes.pair * kLine, sizes.width / 16});
+                     kQueryWords * kLine, sizes.width / 16});
     }
   }
 
   void query_block(int64_t first) const {
     const RopePacked& packed = args.packed;
-    const int64_t queries = std::min(kQueries, sizes.tokens - first), panels = divide_up(queries, 16);
+    const int64_t queries = std::min(block(), sizes.tokens - first), panels = divide_up(queries, 16);
     const int64_t padded = round_up(queries, sizes.line_rows);
     const int64_t grad_bytes = args.grad_stride.token * size(), out_bytes = packed.heads * sizes.width * size();
     const char* grad = static_cast<const char*>(args.grad) +
@@ -126,7 +127,7 @@ struct Backward {
         static_cast<const char*>(args.out) + sequence.first_token * out_bytes + sequence.head * sizes.width * size();
     read_block(part(0), token_bytes, first, padded, true, buffers.query);
     read_block(grad, grad_bytes, first, padded, false, buffers.grad);
-    alignas(kLine) float lse[kQueries] = {}, delta[kQueries] = {};
+    alignas(kLine) float lse[2 * kQueryWords] = {}, delta[2 * kQueryWords] = {};
     kernels.row_products(packed.element, grad + first * grad_bytes, grad_bytes, out + first * out_bytes, out_bytes,
                          sizes.width, queries, delta);
     std::copy_n(args.lse + sequence.head * packed.tokens + sequence.first_token + first, queries, lse);
@@ -147,7 +148,7 @@ struct Backward {
     const int64_t rows = round_up(keys, kernels.row_step), chunk_panel = kKeysAtOnce * kLine;
     const int64_t panels = divide_up(queries, 16);
     const int64_t words = round_up(divide_up(keys, sizes.pair), kernels.word_step);
-    const int64_t across = sizes.row_words * kLine, along = kQueries / sizes.pair * kLine;
+    const int64_t across = sizes.row_words * kLine, along = kQueryWords * kLine;
     const int64_t right_panel = chunk_panel / sizes.pair,
                   query_words = round_up(divide_up(queries, sizes.pair), kernels.word_step);
     kernels.multiply({buffers.keys + first * row_bytes, row_bytes, kLine, buffers.query.across, across, buffers.scores,
@@ -169,7 +170,7 @@ struct Backward {
 
   void run() const {
     read_keys_and_values();
-    for (int64_t first = 0; first < sizes.tokens; first += kQueries) query_block(first);
+    for (int64_t first = 0; first < sizes.tokens; first += block()) query_block(first);
     const RopePacked& packed = args.packed;
     kernels.write_rows({buffers.keys_grad, sizes.padded * kLine, scale, nullptr, packed.element, sizes.width, 0,
                         sizes.tokens, &sequence.turn, true, grad_of_part(1), grad_row()});

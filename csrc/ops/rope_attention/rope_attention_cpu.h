@@ -119,7 +119,8 @@ struct AttentionKernels {
   void (*softmax)(const Softmax&);
   void (*score_gradient)(const ScoreGradient&);
   void (*row_products)(Element, const char* a, int64_t a_row, const char* b, int64_t b_row, int64_t width,
-                       int64_t count, float* sums);  // sum over e of a b, per row
+                       int64_t count,
+                       float* sums);  // sum over e of a b, per row; writes whole sixteens, zeros behind count
 };
 
 // The table for the instruction set in use and tensors of `element`.

@@ -49,6 +49,12 @@ DINOV3_EXT_INLINE void store_word(char* row, int64_t column, typename Vector<W>:
   store_element<Pairs ? Element::bfloat16 : Element::float32, W>(row, column, value);
 }
 
+// Rows of a head lie far apart, where no hardware foresees them. Behind the last row a prefetch does nothing.
+constexpr int64_t kRowsAhead = 6;
+DINOV3_EXT_INLINE void prefetch_row(const char* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at);
+}
+
 template <bool Pairs, Element E, int W>
 DINOV3_EXT_INLINE void read_turned(const char* from, int64_t half, const Walk& walk, int64_t quarter, char* to) {
   for (int part = 0; part < 2; ++part) {
@@ -66,13 +72,14 @@ DINOV3_EXT_INLINE void read_turned(const char* from, int64_t half, const Walk& w
 template <bool Pairs, Element E, int W>
 DINOV3_EXT_INLINE void read_rows_of(const ReadRows& args) {
   constexpr bool as_it_is = E == (Pairs ? Element::bfloat16 : Element::float32);
-  constexpr int64_t size = Pairs ? 2 : 4;
+  constexpr int64_t size = Pairs ? 2 : 4, element_size = E == Element::float32 ? 4 : 2;
   const Turn none{};
   Walk walk(args.turn ? *args.turn : none, args.turn ? args.first : -1);
   const int64_t width = args.width, row_bytes = args.row_words * 4;
   char* to = args.to;
   for (int64_t row = 0; row < args.count; ++row, to += row_bytes) {
     const char* from = args.from + row * args.from_row;
+    prefetch_row(from + kRowsAhead * args.from_row, width * element_size);
     if (args.turn && walk.turned()) {
       const int64_t quarter = width / 4;
       if (W >= 16 && quarter % 16 == 0) {
@@ -82,12 +89,16 @@ DINOV3_EXT_INLINE void read_rows_of(const ReadRows& args) {
       } else {
         read_turned<Pairs, E, 4>(from, width / 2, walk, quarter, to);
       }
-    } else if (as_it_is) {
-      std::memcpy(to, from, static_cast<size_t>(width * size));
     } else {
-      for (int64_t e = 0; e < width; e += W) store_word<Pairs, W>(to, e, load_element<E, W>(from, e));
+      for (int64_t e = 0; e < width; e += W) {
+        if constexpr (as_it_is && Pairs) {
+          std::memcpy(to + e * size, from + e * size, W * size);
+        } else {
+          store_word<Pairs, W>(to, e, load_element<E, W>(from, e));
+        }
+      }
     }
-    std::memset(to + width * size, 0, static_cast<size_t>(row_bytes - width * size));
+    if (row_bytes > width * size) std::memset(to + width * size, 0, static_cast<size_t>(row_bytes - width * size));
     if (args.turn) walk.next();
   }
   std::memset(to, 0, static_cast<size_t>((args.padded - args.count) * row_bytes));
@@ -171,18 +182,6 @@ DINOV3_EXT_INLINE void rotate_rows_of(const RotateRows& args) {
   }
 }
 
-template <Element E, int W>
-DINOV3_EXT_INLINE void row_products_of(const char* a, int64_t a_row, const char* b, int64_t b_row, int64_t width,
-                                       int64_t count, float* sums) {
-  for (int64_t row = 0; row < count; ++row) {
-    auto sum = splat<W>(0.f);
-    for (int64_t e = 0; e < width; e += W) {
-      sum += load_element<E, W>(a + row * a_row, e) * load_element<E, W>(b + row * b_row, e);
-    }
-    sums[row] = sum_lanes<W>(sum);
-  }
-}
-
 // ---- changes of layout ----------------------------------------------------------------------------------------------
 
 // Sixteen squares of 4 x 4 words: as fast as whole rows of 16 (whose shuffles have one port), and the same everywhere.
@@ -227,6 +226,31 @@ DINOV3_EXT_INLINE void stack_panels(const Stack& args) {
       } else {
         std::memcpy(line, from + column * 4, 4 * W);
       }
+    }
+  }
+}
+
+// Sixteen rows at a time: their partial sums, a line each, are transposed and added.
+template <Element E, int W>
+DINOV3_EXT_INLINE void row_products_of(const char* a, int64_t a_row, const char* b, int64_t b_row, int64_t width,
+                                       int64_t count, float* sums) {
+  using Float = typename Vector<W>::Float;
+  alignas(kLine) char partial[16 * kLine], turned[16 * kLine];
+  for (int64_t first = 0; first < count; first += 16) {
+    for (int64_t row = first; row < first + 16; ++row) {
+      Float line[16 / W] = {};
+      for (int64_t e = 0; row < count && e < width; e += 16) {
+        for (int j = 0; j < 16 / W; ++j) {
+          line[j] += load_element<E, W>(a + row * a_row, e + j * W) * load_element<E, W>(b + row * b_row, e + j * W);
+        }
+      }
+      std::memcpy(partial + (row - first) * kLine, line, sizeof(line));
+    }
+    transpose_block(partial, kLine, turned, kLine);
+    for (int64_t lane = 0; lane < 16; lane += W) {
+      Float sum = load_words<W>(turned + lane * 4);
+      for (int64_t row = 1; row < 16; ++row) sum += load_words<W>(turned + row * kLine + lane * 4);
+      store<W>(sums + first + lane, sum);
     }
   }
 }
@@ -354,41 +378,54 @@ DINOV3_EXT_INLINE void score_gradient_words(const ScoreGradient& args) {
   }
 }
 
-// Two keys x two panels at a time: a line of a left operand holds 32 queries, a word of the right one two keys.
-template <int W>
-DINOV3_EXT_INLINE void score_gradient_pairs(const ScoreGradient& args) {
+// Up to two keys x two panels: a line of a left operand holds 32 queries, a word of the right one two keys. What is not
+// there becomes zero.
+template <int W, int Keys, int Panels>
+DINOV3_EXT_INLINE void score_gradient_square(const ScoreGradient& args, int64_t panel, int64_t key) {
   using Float = typename Vector<W>::Float;
   const Float scale = splat<W>(args.scale), zero = splat<W>(0.f);
-  for (int64_t panel = 0; panel < args.panels; panel += 2) {
-    const int there = panel + 1 < args.panels ? 2 : 1;
-    char* left_weights = args.weights + panel / 2 * args.left_line;
-    char* left = args.left + panel / 2 * args.left_line;
-    for (int64_t key = 0; key < args.padded_rows; key += 2) {
-      Float weight[2][2] = {{zero, zero}, {zero, zero}}, gradient[2][2] = {{zero, zero}, {zero, zero}};
-      const int keys = static_cast<int>(std::clamp<int64_t>(args.keys - key, 0, 2));
-      for (int j = 0; j < there; ++j) {
-        const char* scores = args.scores + (panel + j) * args.panel + key * kLine;
-        const char* weights_grad = args.weights_grad + (panel + j) * args.panel + key * kLine;
-        const Float lse = load<W>(args.lse + (panel + j) * 16), delta = load<W>(args.delta + (panel + j) * 16);
-        for (int i = 0; i < keys; ++i) {
-          weight[i][j] = exp2<W>(load_words<W>(scores + i * kLine) * scale - lse);
-          gradient[i][j] = weight[i][j] * (load_words<W>(weights_grad + i * kLine) - delta);
-        }
-        const auto pairs = pair_lanes<W>(gradient[0][j], gradient[1][j]);
-        std::memcpy(args.right + (panel + j) * args.right_panel + key / 2 * kLine, &pairs, sizeof(pairs));
-      }
-      for (int i = 0; i < 2; ++i) {
-        const auto weights = join<W>(weight[i][0], weight[i][1]), gradients = join<W>(gradient[i][0], gradient[i][1]);
-        std::memcpy(left_weights + (key + i) * kLine, &weights, sizeof(weights));
-        std::memcpy(left + (key + i) * kLine, &gradients, sizeof(gradients));
-      }
+  Float weight[2][2] = {{zero, zero}, {zero, zero}}, gradient[2][2] = {{zero, zero}, {zero, zero}};
+#pragma GCC unroll 2
+  for (int j = 0; j < Panels; ++j) {
+    const char* scores = args.scores + (panel + j) * args.panel + key * kLine;
+    const char* weights_grad = args.weights_grad + (panel + j) * args.panel + key * kLine;
+    const Float lse = load<W>(args.lse + (panel + j) * 16), delta = load<W>(args.delta + (panel + j) * 16);
+#pragma GCC unroll 2
+    for (int i = 0; i < Keys; ++i) {
+      weight[i][j] = exp2<W>(load_words<W>(scores + i * kLine) * scale - lse);
+      gradient[i][j] = weight[i][j] * (load_words<W>(weights_grad + i * kLine) - delta);
     }
-    for (int j = 0; j < there; ++j) {
-      for (int64_t word = args.padded_rows / 2; word < args.padded_words; ++word) {
-        std::memcpy(args.right + (panel + j) * args.right_panel + word * kLine, &zero, sizeof(zero));
-      }
+    const auto pairs = pair_lanes<W>(gradient[0][j], gradient[1][j]);
+    std::memcpy(args.right + (panel + j) * args.right_panel + key / 2 * kLine, &pairs, sizeof(pairs));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const auto weights = join<W>(weight[i][0], weight[i][1]), gradients = join<W>(gradient[i][0], gradient[i][1]);
+    const int64_t at = panel / 2 * args.left_line + (key + i) * kLine;
+    std::memcpy(args.weights + at, &weights, sizeof(weights));
+    std::memcpy(args.left + at, &gradients, sizeof(gradients));
+  }
+}
+
+template <int W, int Panels>
+DINOV3_EXT_INLINE void score_gradient_of_panels(const ScoreGradient& args, int64_t panel) {
+  int64_t key = 0;
+  for (; key + 2 <= args.keys; key += 2) score_gradient_square<W, 2, Panels>(args, panel, key);
+  if (key < args.keys) score_gradient_square<W, 1, Panels>(args, panel, key), key += 2;
+  for (; key < args.padded_rows; key += 2) score_gradient_square<W, 0, Panels>(args, panel, key);
+  const auto zero = splat<W>(0.f);
+  for (int j = 0; j < Panels; ++j) {
+    for (int64_t word = key / 2; word < args.padded_words; ++word) {
+      std::memcpy(args.right + (panel + j) * args.right_panel + word * kLine, &zero, sizeof(zero));
     }
   }
+}
+
+template <int W>
+DINOV3_EXT_INLINE void score_gradient_pairs(const ScoreGradient& args) {
+  int64_t panel = 0;
+  for (; panel + 2 <= args.panels; panel += 2) score_gradient_of_panels<W, 2>(args, panel);
+  if (panel < args.panels) score_gradient_of_panels<W, 1>(args, panel);
 }
 
 // ---- one table per instruction set ----------------------------------------------------------------------------------
