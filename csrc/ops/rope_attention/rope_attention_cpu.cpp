@@ -1,7 +1,7 @@
 // rope_attention on the CPU: the walk over sequences and heads, the forward, and the rotation alone.
 //
-// Forward of one sequence and head. Kept for the whole sequence: R(k) as rows, v transposed. Then, for 32 queries at a
-// time and chunks of at most 320 keys (40 KB of scores, which stay in the first caches):
+// Forward of one sequence and head. Kept for the whole sequence: R(k) as rows, v transposed. Then, for 64 queries at a
+// time and chunks of at most 160 keys (40 KB of scores, which stay in the first caches):
 //   S^T = R(k) R(q)^T,  P^T = softmax down the keys,  out^T += v^T P^T
 // so nothing of size tokens x tokens exists, and q, k and v are read once, out is written once.
 #include <algorithm>
@@ -16,8 +16,8 @@ namespace dinov3_ext {
 namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr int64_t kQueries = 32;      // of one block
-constexpr int64_t kKeysAtOnce = 320;  // of one chunk, at most
+constexpr int64_t kQueries = 64;      // of one block
+constexpr int64_t kKeysAtOnce = 160;  // of one chunk, at most
 
 // The chunks of a sequence's keys: all but the last of `keys` keys, whole lines.
 struct Chunks {
