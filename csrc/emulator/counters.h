@@ -15,7 +15,8 @@ namespace dinov3_ext::emulator {
   X(blocks)                                                                                                         \
   X(mma)                                                                                                            \
   X(ldmatrix)                                                                                                       \
-  X(copy_async_bytes) X(global_read_bytes) X(global_written_bytes) X(global_read_sectors) X(global_written_sectors) \
+  X(copy_async_bytes)                                                                                               \
+  X(global_read_bytes) X(global_written_bytes) X(global_read_sectors) X(global_written_sectors)                     \
       X(global_read_transactions) X(global_write_transactions) X(shared_read_bytes) X(shared_written_bytes)         \
           X(wavefronts) X(bank_conflicts) X(ldmatrix_conflicts) X(copy_async_conflicts) X(exp2) X(log2) X(shuffles) \
               X(warp_barriers) X(block_barriers)

@@ -55,8 +55,22 @@ void prepare(Context& to, void* stack, size_t size, void (*entry)()) {
 #endif
 }
 
+#if defined(__SANITIZE_ADDRESS__)
+namespace {
+thread_local Context* left = nullptr;  // the context that was left last: its stack's bounds are learnt on arrival
+
+void arrived(void* fake_stack) {
+  const void* bottom = nullptr;
+  size_t size = 0;
+  __sanitizer_finish_switch_fiber(fake_stack, &bottom, &size);
+  if (left) left->bottom = bottom, left->size = size;
+}
+}  // namespace
+#endif
+
 void switch_context(Context& from, Context& to, [[maybe_unused]] bool last) {
 #if defined(__SANITIZE_ADDRESS__)
+  left = &from;
   __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.bottom, to.size);
 #endif
 #if defined(__x86_64__)
@@ -65,13 +79,13 @@ void switch_context(Context& from, Context& to, [[maybe_unused]] bool last) {
   swapcontext(&from.context, &to.context);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+  arrived(from.fake_stack);
 #endif
 }
 
-void entered([[maybe_unused]] Context& self) {
+void entered() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+  arrived(nullptr);
 #endif
 }
 

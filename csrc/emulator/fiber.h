@@ -28,6 +28,6 @@ void prepare(Context& to, void* stack, size_t size, void (*entry)());
 // Goes on in `to`; returns when someone switches to `from`. `last`: `from` is never entered again.
 void switch_context(Context& from, Context& to, bool last = false);
 // To be called first by a stack that was entered for the first time.
-void entered(Context& self);
+void entered();
 
 }  // namespace dinov3_ext::emulator

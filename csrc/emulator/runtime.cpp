@@ -76,9 +76,8 @@ const char* site_file(const Location& where) {
 }
 
 void fiber_main() {
-  Worker& self = *worker;
-  entered(self.fibers[self.thread].context);
-  (*self.launch->body)();
+  entered();
+  (*worker->launch->body)();
   worker->finished();
   __builtin_unreachable();
 }

@@ -387,6 +387,23 @@ Tensor order(const Tensor& like, int64_t blocks) {
   return result;
 }
 
+// ---- what only a sanitizer sees
+// ---------------------------------------------------------------------------------------------------
+
+// 1: a read behind the tensor by a plain pointer; 2: signed overflow.
+__global__ void unsound_kernel(const float* from, float* to, int size, int which) {
+  float value = 0.f;
+  if (which == 1) value = from[size + lane_index()];
+  if (which == 2) value = float(size * 0x7ffffff + lane_index());
+  store_global(to + lane_index(), value);
+}
+
+Tensor unsound(const Tensor& from, int64_t which) {
+  Tensor to = empty(from, {32}, ScalarType::Float);
+  check(launch<unsound_kernel>(Shape{}, nullptr, input<float>(from), output<float>(to), int(from.numel()), int(which)));
+  return to;
+}
+
 }  // namespace
 }  // namespace dinov3_ext
 
@@ -404,6 +421,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dinov3_ext_probes, m) {
   m.def("strided(Tensor like, int stride, int bytes) -> Tensor");
   m.def("gather(Tensor from_, int blocks, int stride) -> Tensor");
   m.def("order(Tensor like, int blocks) -> Tensor");
+  m.def("unsound(Tensor from_, int which) -> Tensor");
 }
 
 #define PROBE(name) m.impl(#name, TORCH_BOX(&dinov3_ext::emulator::AsOperation<&dinov3_ext::name>::call))
@@ -422,4 +440,5 @@ STABLE_TORCH_LIBRARY_IMPL(dinov3_ext_probes, CPU, m) {
   PROBE(strided);
   PROBE(gather);
   PROBE(order);
+  PROBE(unsound);
 }
