@@ -90,6 +90,15 @@ void Worker::count_accesses(int warp) {
   for (int i = 0; i < 32; ++i) lanes[i].accesses.clear();
 }
 
+// Too many to keep: as instructions of one lane each. Bytes stay exact, transactions become an upper bound.
+void Worker::count_one_by_one(std::vector<Access>& accesses) {
+  for (const Access& access : accesses) {
+    const Access* const alone = &access;
+    count_instruction(&alone, 1);
+  }
+  accesses.clear();
+}
+
 // Four phases of eight rows; a row takes four neighbouring banks.
 void Worker::matrix_wavefronts(const uint32_t (&address)[32]) {
   for (int phase = 0; phase < 4; ++phase) {

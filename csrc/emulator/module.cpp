@@ -10,13 +10,16 @@ using namespace dinov3_ext::emulator;
 
 namespace {
 
-void configure(uint64_t seed, const std::string& cp_async, bool whole_tiles, bool races, int threads,
-               int architecture) {
+void configure(uint64_t seed, const std::string& cp_async, bool whole_tiles, bool races, const std::string& products,
+               int threads, int architecture) {
   if (cp_async != "late" && cp_async != "now") {
     throw py::value_error("configure: cp_async must be \"late\" or \"now\"; got '" + cp_async + "'");
   }
+  if (products != "nearest" && products != "truncated") {
+    throw py::value_error("configure: products must be \"nearest\" or \"truncated\"; got '" + products + "'");
+  }
   if (threads < 1 || threads > 64) throw py::value_error("configure: threads must be 1 to 64");
-  options = {seed, cp_async == "late", whole_tiles, races, threads};
+  options = {seed, cp_async == "late", whole_tiles, races, products == "truncated", threads};
   dinov3_ext::emulated_architecture().store(architecture);
 }
 
@@ -66,10 +69,12 @@ PYBIND11_MODULE(_emulator, m) {
   m.doc() = "Runs the CUDA kernels of dinov3_ext on the CPU, one fiber per CUDA thread, and checks what they do.";
   m.def(
       "configure", &configure, py::kw_only(), py::arg("seed") = 0, py::arg("cp_async") = "late",
-      py::arg("whole_tiles") = true, py::arg("races") = true, py::arg("threads") = 1, py::arg("architecture") = 90,
+      py::arg("whole_tiles") = true, py::arg("races") = true, py::arg("products") = "nearest", py::arg("threads") = 1,
+      py::arg("architecture") = 90,
       "Settings of every launch from now on; what is not given takes its default. seed: 0 runs fibers and blocks in "
       "order, another number in that random order. cp_async: \"late\" delivers copies at their wait, \"now\" at once. "
-      "architecture: of the GPU that launchers see.");
+      "products: how tensor-core sums round, \"nearest\" or \"truncated\". architecture: of the GPU that launchers "
+      "see.");
   m.def("counters", &counters, "{kernel: {counter: sum over its launches}} since reset_counters().");
   m.def("reset_counters", &reset_counters, "Forgets counters and sites.");
   m.def("last_report", &last_report, "Text of the last finding.");

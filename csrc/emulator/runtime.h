@@ -20,7 +20,7 @@ using Location = std::source_location;
 inline constexpr int kFinding = 999;              // cudaErrorUnknown
 inline constexpr uint32_t kSharedBase = 1024;     // not 0: an address without the base is found
 inline constexpr int kMaxSharedBytes = 232448;    // of a block on sm_90; the smaller limits are the launchers' business
-inline constexpr size_t kMostAccesses = 1 << 16;  // of one thread between two collectives; counters miss the rest
+inline constexpr size_t kMostAccesses = 1 << 16;  // remembered of one thread between two collectives
 inline constexpr size_t kStackBytes = 256 << 10;  // of one CUDA thread, touched as needed
 
 struct Options {
@@ -28,7 +28,8 @@ struct Options {
   bool copies_late = true;  // copy_async delivers at the wait, else at once
   bool whole_tiles = true;  // products of tile.cuh in one step of the warp
   bool races = true;
-  int threads = 1;  // workers
+  bool truncate = false;  // products round as tensor cores do, else to nearest after each
+  int threads = 1;        // workers
 };
 extern Options options;
 inline bool whole_tiles() { return options.whole_tiles; }
@@ -127,7 +128,8 @@ struct Worker {
   void check_global_write(void* to, uint32_t bytes, const Location& at);
   void note(Access::Kind kind, uint64_t address, uint32_t bytes, const Location& at) {
     std::vector<Access>& log = fibers[thread].accesses;
-    if (log.size() >= kMostAccesses) log.clear();
+    if (log.size() >= kMostAccesses) [[unlikely]]
+      count_one_by_one(log);
     log.push_back({address, at.line() << 10 ^ at.column() ^ uint32_t(reinterpret_cast<uintptr_t>(at.file_name())),
                    uint8_t(bytes), kind});
   }
@@ -191,6 +193,7 @@ struct Worker {
   void deliver(const Fiber::Copy& copy);
   void read_lines(const uint32_t (&address)[32], const Location& at);
   void count_accesses(int warp);
+  void count_one_by_one(std::vector<Access>& accesses);
   void count_instruction(const Access* const* lanes, int count);
 
   Context main_;

@@ -123,6 +123,8 @@ def test_a_seed_is_a_schedule(emulator: ModuleType) -> None:
 def test_settings_are_checked(emulator: ModuleType) -> None:
     with pytest.raises(ValueError, match='cp_async must be "late" or "now"'):
         emulator.configure(cp_async="soon")
+    with pytest.raises(ValueError, match='products must be "nearest" or "truncated"'):
+        emulator.configure(products="exact")
     with pytest.raises(ValueError, match="threads must be"):
         emulator.configure(threads=0)
     with pytest.raises(ValueError, match="site must be file:line:column"):

@@ -59,7 +59,7 @@ def tools() -> None:
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_no_report(sanitizer: str) -> None:
     done = run(sanitizer, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *SELECTION)
-    assert done.returncode == 0, (done.stdout[-4000:], done.stderr[-4000:])
+    assert done.returncode == 0, done.stdout[-9000:] + done.stderr[-4000:]
     assert " passed" in done.stdout
 
 
