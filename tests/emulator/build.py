@@ -30,11 +30,12 @@ def missing_tools() -> list[str]:
     return missing
 
 
-def build(sanitize: str = "") -> Path:
+def build(sanitize: str = "", target: str = MODULE) -> Path:
     """Builds what has changed; returns the library's file.
 
     Args:
         sanitize: "", "address" or "undefined": a build of its own in build/emulator-<sanitize>.
+        target: "_emulator", or "_C": the shipped library without CUDA, to be sanitized.
     Raises:
         RuntimeError: with the compiler's output.
     """
@@ -42,17 +43,14 @@ def build(sanitize: str = "") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        commands = [["ninja", "-C", str(folder), MODULE]]
-        if not (folder / "build.ninja").is_file():
-            configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), "-DDINOV3_EXT_CUDA=off"]
-            commands.insert(
-                0, [*configure, f"-DPython_EXECUTABLE={sys.executable}", f"-DDINOV3_EXT_SANITIZE={sanitize}"]
-            )
-        for command in commands:
+        configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), "-DDINOV3_EXT_CUDA=off"]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DDINOV3_EXT_SANITIZE={sanitize}"]
+        commands = [] if (folder / "build.ninja").is_file() else [configure]
+        for command in [*commands, ["ninja", "-C", str(folder), target]]:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-20000:]}")
-    return folder / (MODULE + sysconfig.get_config_var("EXT_SUFFIX"))
+    return folder / (target + sysconfig.get_config_var("EXT_SUFFIX"))
 
 
 def load() -> ModuleType:
