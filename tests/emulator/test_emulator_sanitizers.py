@@ -1,4 +1,4 @@
-"""The CUDA kernels in the emulator, and the CPU kernels, under AddressSanitizer and UndefinedBehaviorSanitizer, each in its own process."""
+"""The CUDA kernels in the emulator, and the CPU kernels, under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 import os
 import shutil
