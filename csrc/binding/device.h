@@ -1,7 +1,8 @@
 // Between tensors and kernels: storage, where to run, on which stream, and what a failed launch says.
 //
 // In the emulator's library (DINOV3_EXT_EMULATOR) CPU tensors run the CUDA launchers: every pointer handed to a kernel
-// is announced, so that accesses outside the tensor are found, and new tensors begin as NaN.
+// is announced, so that accesses outside the tensor are found, and new tensors begin as NaN. The pointers cannot be
+// followed by the host, as those of a GPU cannot.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -44,6 +45,7 @@ const T* input(const Tensor& tensor) {
   const void* data = tensor.const_data_ptr();
 #if defined(DINOV3_EXT_EMULATOR)
   emulator::announce(data, extent_in_bytes(tensor), /*writable=*/false);
+  data = emulator::device_pointer(data);
 #endif
   return static_cast<const T*>(data);
 }
@@ -54,6 +56,7 @@ T* output(Tensor& tensor) {
   void* data = tensor.mutable_data_ptr();
 #if defined(DINOV3_EXT_EMULATOR)
   emulator::announce(data, extent_in_bytes(tensor), /*writable=*/true);
+  data = emulator::device_pointer(data);
 #endif
   return static_cast<T*>(data);
 }

@@ -115,7 +115,7 @@ const Range& Worker::range_of(uintptr_t address, uint32_t bytes, bool write, con
 }
 
 void Worker::check_global_read(const void* from, uint32_t bytes, bool constant, const char* word, const Location& at) {
-  const auto address = reinterpret_cast<uintptr_t>(from);
+  const auto address = reinterpret_cast<uintptr_t>(host_pointer(from));
   const Range& range = range_of(address, bytes, /*write=*/false, word, at);
   note(Access::global_read, address, bytes, at);
   Page& page = page_of(address);
@@ -158,7 +158,7 @@ void Worker::check_global_read(const void* from, uint32_t bytes, bool constant, 
 }
 
 void Worker::check_global_write(void* to, uint32_t bytes, const Location& at) {
-  const auto address = reinterpret_cast<uintptr_t>(to);
+  const auto address = reinterpret_cast<uintptr_t>(host_pointer(to));
   const Range& range = range_of(address, bytes, /*write=*/true, "store_global", at);
   note(Access::global_write, address, bytes, at);
   Page& page = page_of(address);

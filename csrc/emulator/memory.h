@@ -7,6 +7,18 @@ namespace dinov3_ext::emulator {
 
 // `bytes` bytes from `data` on may be read by the kernels of the running op, and written where `writable`.
 void announce(const void* data, int64_t bytes, bool writable);
+// What a kernel is handed for `data`: an address that no processor can use, so that only the words of the vocabulary,
+// which check it, reach the memory. Null stays null.
+inline constexpr uintptr_t kDeviceTag = uintptr_t(1) << 52;
+template <class T>
+T* device_pointer(T* data) {
+  return data ? reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(data) | kDeviceTag) : data;
+}
+template <class T>
+T* host_pointer(T* data) {
+  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(data) & ~kDeviceTag);
+}
+
 // Sets all bits: NaN for every floating type.
 void poison(void* data, int64_t bytes);
 

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "core/element.h"
+#include "emulator/memory.h"
 #include "emulator/runtime.h"
 
 #define __device__
@@ -117,7 +118,7 @@ T load_global(const T* from, const emulator::Location& at = emulator::Location::
   static_assert(emulator::kAccessible<T>);
   emulator::worker->check_global_read(from, sizeof(T), /*constant=*/true, "load_global", at);
   T value;
-  std::memcpy(&value, from, sizeof(T));
+  std::memcpy(&value, emulator::host_pointer(from), sizeof(T));
   return value;
 }
 template <class T>
@@ -125,14 +126,14 @@ T load_global_once(const T* from, const emulator::Location& at = emulator::Locat
   static_assert(emulator::kAccessible<T>);
   emulator::worker->check_global_read(from, sizeof(T), /*constant=*/false, "load_global_once", at);
   T value;
-  std::memcpy(&value, from, sizeof(T));
+  std::memcpy(&value, emulator::host_pointer(from), sizeof(T));
   return value;
 }
 template <class T>
 void store_global(T* to, T value, const emulator::Location& at = emulator::Location::current()) {
   static_assert(emulator::kAccessible<T>);
   emulator::worker->check_global_write(to, sizeof(T), at);
-  std::memcpy(to, &value, sizeof(T));
+  std::memcpy(emulator::host_pointer(to), &value, sizeof(T));
 }
 
 // ---- shared memory

@@ -16,6 +16,8 @@
 #include <thread>
 
 #include "core/cuda_status.h"
+#include "emulator/faults.h"
+#include "emulator/memory.h"
 #include "emulator/memory_pages.h"
 
 namespace dinov3_ext {
@@ -108,6 +110,20 @@ void Worker::conflict(const Conflict& what, uint32_t address, uint32_t bytes, bo
           "%s %u bytes of shared memory at byte %u that thread %d (warp %d, lane %d) %s, with no barrier between them",
           write ? "writes" : "reads", bytes, address - kSharedBase, what.other, what.other >> 5, what.other & 31,
           what.kind == Conflict::write_after_read ? "reads" : "writes");
+}
+
+void Worker::fault(const void* address) {
+  if (!in_kernel_) return;
+  in_kernel_ = false;  // a fault while reporting one is the process's end
+  const char* stack = static_cast<const char*>(stacks_[size_t(thread)]);
+  if (address >= stack && address < stack + kGuardBytes) {
+    finding("stack overflow", thread, Location::current(), "the local variables of a thread need more than %zu bytes",
+            kStackBytes);
+  }
+  finding(
+      "plain pointer", thread, Location::current(),
+      "follows a plain pointer (null, or into global memory, which only load_global, load_global_once, store_global "
+      "and copy_async reach)");
 }
 
 // ---- scheduling
@@ -315,7 +331,7 @@ void Worker::copy_async(uint32_t to, const void* from, bool valid, const Locatio
     Chunk& chunk = shadow.chunk(to - kSharedBase);
     chunk.in_flight = serial, chunk.owner = uint16_t(thread);
   }
-  const Fiber::Copy copy{to, valid, self.committed, from};
+  const Fiber::Copy copy{to, valid, self.committed, host_pointer(from)};
   if (launch->copies_late) {
     std::memset(shared_at(to), 0xff, 16);
   } else {
@@ -376,7 +392,7 @@ void Worker::run_block(const Launch& what, int64_t index) {
     void* stack =
         mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) throw std::bad_alloc();
-    mprotect(stack, 4096, PROT_NONE);
+    mprotect(stack, kGuardBytes, PROT_NONE);
     stacks_.push_back(stack);
   }
   if (int(fibers.size()) < threads) fibers.resize(size_t(threads));
@@ -392,7 +408,9 @@ void Worker::run_block(const Launch& what, int64_t index) {
   }
   thread = 0;
   thread = pick();
+  in_kernel_ = true;
   switch_context(main_, fibers[thread].context);
+  in_kernel_ = false;
   for (int w = 0; w < threads / 32; ++w) count_accesses(w);
   ++counters.blocks;
 }
@@ -442,6 +460,7 @@ int run(const char* name, int64_t x, int64_t y, int64_t z, int threads, int shar
   std::atomic<int64_t> next{0};
   std::atomic<bool> stop{false};
   auto work = [&](Worker& self) {
+    const CatchFaults faults;
     Worker* const outer = worker;
     worker = &self;
     self.forget_pages();

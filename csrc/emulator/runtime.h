@@ -21,6 +21,7 @@ inline constexpr int kFinding = 999;              // cudaErrorUnknown
 inline constexpr uint32_t kSharedBase = 1024;     // not 0: an address without the base is found
 inline constexpr int kMaxSharedBytes = 232448;    // of a block on sm_90; the smaller limits are the launchers' business
 inline constexpr size_t kMostAccesses = 1 << 16;  // remembered of one thread between two collectives
+inline constexpr size_t kGuardBytes = 4096;
 inline constexpr size_t kStackBytes = 256 << 10;  // of one CUDA thread, touched as needed
 
 struct Options {
@@ -155,6 +156,9 @@ struct Worker {
   [[noreturn]] void finding(const char* kind, int by_thread, const Location& at, const char* format, ...)
       __attribute__((format(printf, 5, 6)));
 
+  // Called by the signal handler: a finding where a kernel runs, else nothing.
+  void fault(const void* address);
+
   // ---- the running block
   const Launch* launch = nullptr;
   int threads = 0, returned = 0, at_barrier = 0;
@@ -197,6 +201,7 @@ struct Worker {
   void count_instruction(const Access* const* lanes, int count);
 
   Context main_;
+  bool in_kernel_ = false;
   std::vector<void*> stacks_;
   uint64_t random_ = 0;
   uint32_t runnable_warps_ = 0;

@@ -142,6 +142,12 @@ struct FaultyArgs {
   int mistake;
 };
 
+float deep(int depth) {
+  volatile float large[1024];
+  for (volatile float& value : large) value = float(depth);
+  return depth < 1 << 20 ? deep(depth + 1) + large[depth % 1024] : large[0];
+}
+
 // Two blocks of 64 threads, 256 bytes of shared memory.
 __global__ void faulty_kernel(FaultyArgs args) {
   const int thread = thread_index(), lane = lane_index();
@@ -237,6 +243,10 @@ __global__ void faulty_kernel(FaultyArgs args) {
       value = bits_to_float(r[0]);
       break;
     }
+    case 30: value = args.read_only[thread]; break;  // a plain pointer to global memory
+    case 31: args.writable[block * 64 + thread] = 1.f; break;
+    case 32: value = *static_cast<volatile const float*>(nullptr); break;
+    case 33: value = deep(thread); break;  // a stack overflow
     default: break;
   }
   if (args.mistake == 0) store_global(args.writable + block * 64 + thread, load_shared<float>(own) + value);
@@ -382,7 +392,7 @@ __global__ void order_kernel(int32_t* count, int32_t* order) {
 Tensor order(const Tensor& like, int64_t blocks) {
   Tensor count = empty(like, {1}, ScalarType::Int), result = empty(like, {blocks * 128}, ScalarType::Int);
   auto* counter = output<int32_t>(count);
-  *counter = 0;
+  *emulator::host_pointer(counter) = 0;
   check(launch<order_kernel>(Shape{.x = blocks, .threads = 64}, nullptr, counter, output<int32_t>(result)));
   return result;
 }
@@ -390,10 +400,11 @@ Tensor order(const Tensor& like, int64_t blocks) {
 // ---- what only a sanitizer sees
 // ---------------------------------------------------------------------------------------------------
 
-// 1: a read behind the tensor by a plain pointer; 2: signed overflow.
+// 1: a read behind a local array; 2: signed overflow.
 __global__ void unsound_kernel(const float* from, float* to, int size, int which) {
-  float value = 0.f;
-  if (which == 1) value = from[size + lane_index()];
+  volatile float local[32] = {};
+  float value = load_global(from);
+  if (which == 1) value = local[size + lane_index()];
   if (which == 2) value = float(size * 0x7ffffff + lane_index());
   store_global(to + lane_index(), value);
 }

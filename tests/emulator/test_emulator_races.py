@@ -106,6 +106,10 @@ MISTAKES = {
     28: r"race in .* writes 4 bytes of shared memory at byte 0 that thread 32 \(warp 1, lane 0\) reads"
     r"|race in .* reads 4 bytes of shared memory at byte 0 that thread 0 ",
     29: r"race in .* reads 16 bytes of shared memory",
+    30: r"plain pointer in faulty_kernel, block \(0, 0, 0\), thread 0 .*: follows a plain pointer \(null, or",
+    31: r"plain pointer in ",
+    32: r"plain pointer in ",
+    33: r"stack overflow in faulty_kernel, .* need more than 262144 bytes",
 }
 ALLOWED = [0, 17, 18, 21, 22, 27]
 
