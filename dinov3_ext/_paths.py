@@ -101,8 +101,13 @@ def explain(
 
 
 def _architecture_here(device: torch.device) -> int | None:
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
+    return architecture_of(device) if device.type == "cuda" and torch.cuda.is_available() else None
+
+
+def architecture_of(device: torch.device) -> int:
+    """Of a GPU that is there, e.g. 90; in the emulator what it pretends to be."""
+    if emulator_forced():
+        return _emulated[-1]()
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -148,6 +153,7 @@ def native_ops() -> object:
 
 _libraries: list[str] = [NATIVE] if _library.module is not None else []
 _registrations: list[Callable[[str], None]] = []
+_emulated: list[Callable[[], int]] = []  # says which GPU the emulator pretends to be
 
 
 def for_each_library(register: Callable[[str], None]) -> Callable[[str], None]:
@@ -159,8 +165,9 @@ def for_each_library(register: Callable[[str], None]) -> Callable[[str], None]:
     return register
 
 
-def emulator_loaded() -> None:
-    """To be called once, after the emulator's library has been imported."""
+def emulator_loaded(architecture: Callable[[], int]) -> None:
+    """To be called once, after the emulator's library has been imported; `architecture` says what GPU it pretends."""
+    _emulated.append(architecture)
     if EMULATOR not in _libraries:
         _libraries.append(EMULATOR)
         for register in _registrations:

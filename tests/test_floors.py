@@ -25,10 +25,8 @@ FLOORS = {
 FRAMEWORKS = ("torch", "c10", "ATen", "pybind11", "Python", "binding")
 # Native sources that are still to be written; nothing else may be missing.
 AWAITED = (
+    "csrc/ops/assignment_cross_entropy/assignment_cross_entropy_cpu.cpp",
     "csrc/ops/gram_loss/gram_loss_cpu.cpp",
-    "csrc/ops/rope_attention/rope_attention_cpu.cpp",
-    "csrc/ops/rope_attention/rope_attention_cuda.cu",
-    "csrc/ops/rope_attention/rope_attention_torch.cpp",
 )
 OP_FILES = ("{op}.h", "{op}_cpu.cpp", "{op}_cuda.cu", "{op}_torch.cpp")
 

@@ -31,6 +31,14 @@ DINOV3_EXT_LIBRARY(DINOV3_EXT_OPS, m) {
   m.def(
       "assignment_cross_entropy_backward_(Tensor grad, Tensor(a!) student, Tensor teacher, Tensor rows, Tensor columns,"
       " Tensor log_sums, float student_temperature, float teacher_temperature, Tensor? weight) -> ()");
+  m.def("rope_rotate(Tensor qkv, Tensor rope, Tensor sequences, int[] groups) -> Tensor");
+  m.def("rope_rotate_backward(Tensor grad, Tensor rope, Tensor sequences, int[] groups) -> Tensor");
+  m.def(
+      "rope_attention(Tensor qkv, Tensor rope, Tensor sequences, int[] groups, float scale)"
+      " -> (Tensor out, Tensor lse)");
+  m.def(
+      "rope_attention_backward(Tensor grad, Tensor qkv, Tensor rope, Tensor sequences, int[] groups, Tensor out,"
+      " Tensor lse, float scale) -> Tensor");
 }
 
 DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, CPU, m) {
@@ -43,6 +51,10 @@ DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, CPU, m) {
   m.impl("assignment_cross_entropy_backward", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy_backward));
   m.impl("assignment_cross_entropy_backward_", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy_backward_));
 #endif
+  m.impl("rope_rotate", DINOV3_EXT_BOX(&dinov3_ext::rope_rotate));
+  m.impl("rope_rotate_backward", DINOV3_EXT_BOX(&dinov3_ext::rope_rotate_backward));
+  m.impl("rope_attention", DINOV3_EXT_BOX(&dinov3_ext::rope_attention));
+  m.impl("rope_attention_backward", DINOV3_EXT_BOX(&dinov3_ext::rope_attention_backward));
 }
 
 // Registered in a build without nvcc too: a CUDA tensor then gets the sentence that says so.
@@ -54,4 +66,8 @@ DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, CUDA, m) {
   m.impl("assignment_cross_entropy", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy));
   m.impl("assignment_cross_entropy_backward", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy_backward));
   m.impl("assignment_cross_entropy_backward_", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy_backward_));
+  m.impl("rope_rotate", DINOV3_EXT_BOX(&dinov3_ext::rope_rotate));
+  m.impl("rope_rotate_backward", DINOV3_EXT_BOX(&dinov3_ext::rope_rotate_backward));
+  m.impl("rope_attention", DINOV3_EXT_BOX(&dinov3_ext::rope_attention));
+  m.impl("rope_attention_backward", DINOV3_EXT_BOX(&dinov3_ext::rope_attention_backward));
 }

@@ -4,6 +4,7 @@
 #include "core/cpu_variant.h"
 #include "core/cuda_status.h"
 #include "ops/gram_loss/gram_loss_plan.h"
+#include "ops/rope_attention/rope_attention_plan.h"
 
 namespace py = pybind11;
 
@@ -54,6 +55,22 @@ py::dict gram_loss_plan(int64_t images, int64_t patches, int64_t width, int part
   return answer;
 }
 
+py::dict rope_attention_plan(const std::string& dtype, int head_width, int tokens, int architecture) {
+  using dinov3_ext::Element;
+  const Element element = dtype == "bfloat16"  ? Element::bfloat16
+                          : dtype == "float16" ? Element::float16
+                                               : Element::float32;  // stands for all that have no kernel
+  constexpr const char* kPaths[] = {"resident", "streaming", "composed"};
+  const dinov3_ext::AttentionPlan plan = dinov3_ext::rope_attention_plan(element, head_width, tokens, architecture);
+  py::dict answer;
+  answer["path"] = kPaths[int(plan.path)];
+  answer["rows"] = plan.rows;
+  answer["warps"] = plan.warps;
+  answer["shared_bytes"] = plan.shared_bytes;
+  answer["pairs"] = plan.pairs;
+  return answer;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -64,4 +81,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_variant", &set_cpu_variant, py::arg("name"), "Changes the instruction set (for tests), process-wide.");
   m.def("gram_loss_plan", &gram_loss_plan, py::arg("images"), py::arg("patches"), py::arg("width"), py::arg("parts"),
         py::arg("gradient"), "Tiles and workspace of the CUDA kernels of gram_loss.");
+  m.def("rope_attention_composed_tokens", &dinov3_ext::composed_tokens, py::arg("architecture"),
+        "Tokens of a sequence from which on rope_attention takes PyTorch's attention.");
+  m.def(
+      "rope_attention_plan", &rope_attention_plan, py::arg("dtype"), py::arg("head_width"), py::arg("tokens"),
+      py::arg("architecture"),
+      "What rope_attention does on a GPU with sequences of `tokens` alone: path (resident, streaming, composed), rows, "
+      "warps and shared_bytes of a block, (sequence, head) pairs in one.");
 }

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 namespace dinov3_ext {
 
@@ -30,5 +31,13 @@ Tensor assignment_cross_entropy_backward(const Tensor& grad, const Tensor& stude
 void assignment_cross_entropy_backward_(const Tensor& grad, Tensor& student, const Tensor& teacher, const Tensor& rows,
                                         const Tensor& columns, const Tensor& log_sums, double student_temperature,
                                         double teacher_temperature, const std::optional<Tensor>& weight);
+
+Tensor rope_rotate(const Tensor& qkv, const Tensor& rope, const Tensor& sequences, std::vector<int64_t> groups);
+Tensor rope_rotate_backward(const Tensor& grad, const Tensor& rope, const Tensor& sequences,
+                            std::vector<int64_t> groups);
+std::tuple<Tensor, Tensor> rope_attention(const Tensor& qkv, const Tensor& rope, const Tensor& sequences,
+                                          std::vector<int64_t> groups, double scale);
+Tensor rope_attention_backward(const Tensor& grad, const Tensor& qkv, const Tensor& rope, const Tensor& sequences,
+                               std::vector<int64_t> groups, const Tensor& out, const Tensor& lse, double scale);
 
 }  // namespace dinov3_ext

@@ -42,31 +42,40 @@ __device__ __forceinline__ RopeRows rope_rows(const RopeGrid& grid, int token, i
   return {turned ? grid.y_row + line : -1, turned ? grid.x_row + column : -1};
 }
 
-// N angles of one token, components first .. first + N - 1 of E/2 (within one half of E/4): cosine and sine.
-template <int Width, int N>
+// N angles of one token, components first .. first + N - 1 of E/2, all within one half of them (quarter = E/4): cosine
+// and sine. N = 1, 2 or a multiple of 4; N > 1: `first` and `quarter` are multiples of N.
+template <int N>
 __device__ __forceinline__ void load_angles(float (&cosine)[N], float (&sine)[N], const float* rope, RopeRows rows,
-                                            int first) {
-  constexpr int kQuarter = Width / 4;
-  static_assert(N == 2 || N % 4 == 0);
+                                            int first, int quarter) {
+  static_assert(N <= 2 || N % 4 == 0);
   if (rows.y < 0) {
 #pragma unroll
     for (int i = 0; i < N; ++i) cosine[i] = 1.f, sine[i] = 0.f;
     return;
   }
-  const float* from = rope + int64_t(first < kQuarter ? rows.y : rows.x) * (2 * kQuarter) + first % kQuarter;
-  if constexpr (N == 2) {
+  const bool vertical = first < quarter;
+  const float* from = rope + int64_t(vertical ? rows.y : rows.x) * (2 * quarter) + (vertical ? first : first - quarter);
+  if constexpr (N == 1) {
+    cosine[0] = load_global(from), sine[0] = load_global(from + quarter);
+  } else if constexpr (N == 2) {
     const float2 c = load_global(reinterpret_cast<const float2*>(from));
-    const float2 s = load_global(reinterpret_cast<const float2*>(from + kQuarter));
+    const float2 s = load_global(reinterpret_cast<const float2*>(from + quarter));
     cosine[0] = c.x, cosine[1] = c.y, sine[0] = s.x, sine[1] = s.y;
   } else {
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
       const float4 c = load_global(reinterpret_cast<const float4*>(from + i));
-      const float4 s = load_global(reinterpret_cast<const float4*>(from + kQuarter + i));
+      const float4 s = load_global(reinterpret_cast<const float4*>(from + quarter + i));
       cosine[i] = c.x, cosine[i + 1] = c.y, cosine[i + 2] = c.z, cosine[i + 3] = c.w;
       sine[i] = s.x, sine[i + 1] = s.y, sine[i + 2] = s.z, sine[i + 3] = s.w;
     }
   }
+}
+
+template <int Width, int N>
+__device__ __forceinline__ void load_angles(float (&cosine)[N], float (&sine)[N], const float* rope, RopeRows rows,
+                                            int first) {
+  load_angles(cosine, sine, rope, rows, first, Width / 4);
 }
 
 // (low, high) <- the pair turned by the angle, or back where Inverse.
@@ -95,7 +104,7 @@ __device__ __forceinline__ void rotate_left(uint32_t (&a)[KT][4], const float* r
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       float cosine[2], sine[2];
-      load_angles<16 * KT>(cosine, sine, rope, q & 1 ? lower : upper, 16 * k + 8 * (q >> 1) + 2 * (lane_index() & 3));
+      load_angles(cosine, sine, rope, q & 1 ? lower : upper, 16 * k + 8 * (q >> 1) + 2 * (lane_index() & 3), 4 * KT);
       turn_packed<E, Inverse>(a[k][q], a[k + KT / 2][q], cosine[0], sine[0], cosine[1], sine[1]);
     }
   }
@@ -110,7 +119,7 @@ __device__ __forceinline__ void rotate_accumulators(float (&d)[NT][4], const flo
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float cosine[2], sine[2];
-      load_angles<8 * NT>(cosine, sine, rope, half ? lower : upper, 8 * n + 2 * (lane_index() & 3));
+      load_angles(cosine, sine, rope, half ? lower : upper, 8 * n + 2 * (lane_index() & 3), 2 * NT);
 #pragma unroll
       for (int i = 0; i < 2; ++i) turn<Inverse>(d[n][2 * half + i], d[n + NT / 2][2 * half + i], cosine[i], sine[i]);
     }
@@ -121,7 +130,7 @@ __device__ __forceinline__ void rotate_accumulators(float (&d)[NT][4], const flo
 template <Element E, bool Inverse, int Width>
 __device__ __forceinline__ void rotate_chunks(uint4& low, uint4& high, const float* rope, RopeRows rows, int chunk) {
   float cosine[8], sine[8];
-  load_angles<Width>(cosine, sine, rope, rows, 8 * chunk);
+  load_angles(cosine, sine, rope, rows, 8 * chunk, Width / 4);
   turn_packed<E, Inverse>(low.x, high.x, cosine[0], sine[0], cosine[1], sine[1]);
   turn_packed<E, Inverse>(low.y, high.y, cosine[2], sine[2], cosine[3], sine[3]);
   turn_packed<E, Inverse>(low.z, high.z, cosine[4], sine[4], cosine[5], sine[5]);

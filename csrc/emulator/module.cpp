@@ -75,6 +75,7 @@ PYBIND11_MODULE(_emulator, m) {
       "order, another number in that random order. cp_async: \"late\" delivers copies at their wait, \"now\" at once. "
       "products: how tensor-core sums round, \"nearest\" or \"truncated\". architecture: of the GPU that launchers "
       "see.");
+  m.def("architecture", [] { return dinov3_ext::emulated_architecture().load(); }, "As configured.");
   m.def("counters", &counters, "{kernel: {counter: sum over its launches}} since reset_counters().");
   m.def("reset_counters", &reset_counters, "Forgets counters and sites.");
   m.def("last_report", &last_report, "Text of the last finding.");

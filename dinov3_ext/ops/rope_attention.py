@@ -9,8 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3_ext._paths import Path, Question, explains, reference_forced
+from dinov3_ext import _library
+from dinov3_ext._paths import (
+    Path,
+    Question,
+    architecture_of,
+    emulator_forced,
+    explains,
+    for_each_library,
+    native_ops,
+    reference_forced,
+)
 
+KERNEL_WIDTHS = (64, 128)
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+ROTATE_DTYPES = (torch.float32, *KERNEL_DTYPES)
 CPU_PRODUCTS_TOKENS = 320  # the longest sequence whose scores are written out on a CPU
 SEQUENCE_COLUMNS = ("first token", "tokens", "prefix length", "first y-row", "first x-row", "grid width")
 
@@ -28,14 +41,17 @@ class Layout:
 
     sequences: Tensor
     groups: tuple[tuple[int, int], ...]
+    device_sequences: Tensor = field(init=False, repr=False)
+    """`sequences` on the device of `to`."""
     token_rows: Tensor = field(init=False, repr=False)
-    """int64 (tokens, 2): y-row and x-row of each token; -1 for a prefix token. On the device of `to`."""
+    """int64 CPU Tensor (tokens, 2): y-row and x-row of each token; -1 for a prefix token."""
     rope_rows: int = field(init=False, repr=False)
     """Rows that the rotary table must have at least."""
 
     def __post_init__(self) -> None:
         _check_layout(self.sequences, self.groups)
         token_rows = _token_rows(self.sequences)
+        object.__setattr__(self, "device_sequences", self.sequences.contiguous())
         object.__setattr__(self, "token_rows", token_rows)
         object.__setattr__(self, "rope_rows", int(token_rows.max()) + 1 if len(token_rows) else 0)
 
@@ -85,15 +101,15 @@ class Layout:
 
     @property
     def device(self) -> torch.device:
-        """Where `token_rows` lies; `sequences` stays on the host."""
-        return self.token_rows.device
+        """Where `device_sequences` lies; the rest stays on the host."""
+        return self.device_sequences.device
 
     def to(self, device: str | torch.device) -> "Layout":
-        """The same layout with its per-token table on `device`."""
-        if self.token_rows.device == torch.device(device):
+        """The same layout with its table of sequences on `device`."""
+        if self.device == torch.device(device):
             return self
         moved = copy.copy(self)
-        object.__setattr__(moved, "token_rows", self.token_rows.to(device, non_blocking=True))
+        object.__setattr__(moved, "device_sequences", self.sequences.to(device, non_blocking=True))
         return moved
 
     def select(self, indices: Sequence[int] | np.ndarray | Tensor) -> tuple["Layout", Tensor]:
@@ -150,15 +166,10 @@ def rope_attention(qkv: Tensor, rope: Tensor, layout: Layout, *, scale: float) -
         return rope_attention_reference(qkv, rope, layout, scale=scale)
     if qkv.dtype is torch.float32 and torch.is_autocast_enabled(qkv.device.type):
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
-    query, key = _rotate(qkv, rope, layout).unbind(1)  # 2 x (tokens, H, E)
-    outs, first = [], 0
-    for count, tokens in layout.groups:
-        part = slice(first, first + count * tokens)
-        q, k, v = (x[part].unflatten(0, (count, tokens)).transpose(1, 2) for x in (query, key, qkv[:, 2]))
-        out = _attend(q, k, v, scale)  # (count, H, T, E)
-        outs.append(out.transpose(1, 2).flatten(0, 1))  # (count * T, H, E)
-        first = part.stop
-    return torch.cat(outs) if outs else qkv.new_empty(0, *qkv.shape[2:])
+    if _on_gpu(qkv) and qkv.dtype in ROTATE_DTYPES:
+        _library.require("rope_attention")
+        return _attend_on_gpu(qkv, rope.contiguous(), layout, scale)
+    return _attend_by_group(_rotate(qkv, rope, layout), qkv, layout.groups, scale)
 
 
 def rope_attention_reference(qkv: Tensor, rope: Tensor, layout: Layout, *, scale: float) -> Tensor:
@@ -190,7 +201,12 @@ def rope_rotate(qkv: Tensor, rope: Tensor, layout: Layout) -> Tensor:
         (tokens, 2, H, E) in the type of qkv.
     """
     _check_inputs("rope_rotate", qkv, rope, layout)
-    return rope_rotate_reference(qkv, rope, layout) if reference_forced() else _rotate(qkv, rope, layout)
+    if reference_forced():
+        return rope_rotate_reference(qkv, rope, layout)
+    if _on_gpu(qkv) and qkv.dtype in ROTATE_DTYPES:
+        _library.require("rope_rotate")
+        return native_ops().rope_rotate(qkv, rope.contiguous(), layout.device_sequences, _flat(layout.groups))
+    return _rotate(qkv, rope, layout)
 
 
 def rope_rotate_reference(qkv: Tensor, rope: Tensor, layout: Layout) -> Tensor:
@@ -209,6 +225,66 @@ def rope_rotate_reference(qkv: Tensor, rope: Tensor, layout: Layout) -> Tensor:
     return torch.cat(outs) if outs else qkv.new_empty(0, 2, *qkv.shape[2:])
 
 
+# ---- GPUs (and, in the emulator, CPU tensors) ----
+
+
+def _on_gpu(qkv: Tensor) -> bool:
+    return qkv.device.type == "cuda" or (qkv.device.type == "cpu" and emulator_forced())
+
+
+@torch.compiler.assume_constant_result
+def _composed_tokens(device: torch.device) -> int:
+    """Tokens of a sequence from which on PyTorch's attention is taken."""
+    return _library.module.rope_attention_composed_tokens(architecture_of(device))
+
+
+def _attend_on_gpu(qkv: Tensor, rope: Tensor, layout: Layout, scale: float) -> Tensor:
+    """Own kernels where there are some; else the rotation's kernel, then PyTorch's attention."""
+    has_kernel = qkv.dtype in KERNEL_DTYPES and qkv.shape[3] in KERNEL_WIDTHS and scale > 0
+    limit = _composed_tokens(qkv.device) if has_kernel else 0
+    runs: list[tuple[bool, list[tuple[int, int]]]] = []  # neighbouring groups that take the same path, together
+    for group in layout.groups:
+        # A branch, by which a compiled graph is guarded.
+        kernel = True if group[1] < limit else False
+        if not runs or runs[-1][0] is not kernel:
+            runs.append((kernel, []))
+        runs[-1][1].append(group)
+    ops, outs, token, sequence = native_ops(), [], 0, 0
+    for kernel, part in runs:
+        end = token + sum(count * tokens for count, tokens in part)
+        end_sequence = sequence + sum(count for count, _ in part)
+        x, table = qkv[token:end], layout.device_sequences[sequence:end_sequence]
+        if kernel:
+            outs.append(ops.rope_attention(x, rope, table, _flat(part), scale)[0])
+        else:
+            outs.append(_attend_by_group(ops.rope_rotate(x, rope, table, _flat(part)), x, part, scale))
+        token, sequence = end, end_sequence
+    if len(outs) == 1:
+        return outs[0]
+    return torch.cat(outs) if outs else qkv.new_empty(0, *qkv.shape[2:])
+
+
+def _flat(groups: Sequence[tuple[int, int]]) -> list[int]:
+    """count0, tokens0, count1, tokens1, ...: what the registered ops take."""
+    return [number for group in groups for number in group]
+
+
+# ---- PyTorch operations ----
+
+
+def _attend_by_group(rotated: Tensor, qkv: Tensor, groups: Sequence[tuple[int, int]], scale: float) -> Tensor:
+    """(tokens, 2, H, E) rotated, (tokens, 3, H, E) -> (tokens, H, E): one attention per group."""
+    query, key = rotated.unbind(1)  # 2 x (tokens, H, E)
+    outs, first = [], 0
+    for count, tokens in groups:
+        part = slice(first, first + count * tokens)
+        q, k, v = (x[part].unflatten(0, (count, tokens)).transpose(1, 2) for x in (query, key, qkv[:, 2]))
+        out = _attend(q, k, v, scale)  # (count, H, T, E)
+        outs.append(out.transpose(1, 2).flatten(0, 1))  # (count * T, H, E)
+        first = part.stop
+    return torch.cat(outs) if outs else qkv.new_empty(0, *qkv.shape[2:])
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T) v of equally long sequences, (count, H, T, E) each.
 
@@ -225,7 +301,7 @@ def _rotate(qkv: Tensor, rope: Tensor, layout: Layout) -> Tensor:
     rope = rope.to(torch.promote_types(rope.dtype, qkv.dtype))  # fp32, or fp64 for fp64 qkv
     quarter = rope.shape[2]
     still = torch.stack([rope.new_ones(quarter), rope.new_zeros(quarter)])  # (2, E/4), row -1: prefix tokens
-    rows = torch.cat([rope, still[None]])[layout.token_rows]  # (tokens, y|x, cos|sin, E/4)
+    rows = torch.cat([rope, still[None]])[layout.token_rows.to(rope.device)]  # (tokens, y|x, cos|sin, E/4)
     cos, sin = rows.transpose(1, 2).flatten(2).unbind(1)  # (tokens, E/2) each
     cos = torch.cat([cos, cos], -1)[:, None, None]  # (tokens, 1, 1, E)
     sin = torch.cat([-sin, sin], -1)[:, None, None]
@@ -306,19 +382,108 @@ def _check_inputs(op: str, qkv: Tensor, rope: Tensor, layout: Layout) -> None:
 
 @explains("rope_attention", "T", "H", "E")
 def _explain_attention(question: Question) -> Path:
-    return Path(
-        "rope_attention",
-        "composition",
-        "rotated in PyTorch, then per crop group "
-        + (
+    if question.device.type != "cuda" or question.dtype not in ROTATE_DTYPES:
+        products = (
             f"plain products up to {CPU_PRODUCTS_TOKENS} tokens, scaled_dot_product_attention beyond"
             if question.device.type == "cpu"
             else "one scaled_dot_product_attention"
         )
-        + "; no kernel of our own yet",
-    )
+        return Path("rope_attention", "composition", f"rotated in PyTorch, then per crop group {products}")
+    if missing := _missing_cuda("rope_attention"):
+        return missing
+    composed = "own CUDA kernel for the rotation, then PyTorch's scaled_dot_product_attention per crop group"
+    if question.dtype not in KERNEL_DTYPES:
+        return Path("rope_attention", "composition", f"{composed}: attention kernels take bf16 and fp16")
+    if question.shape is None or question.architecture is None:
+        return Path(
+            "rope_attention",
+            "kernel",
+            "own CUDA kernels for E = 64 and 128; tiles, and where PyTorch's attention is taken instead, depend on "
+            "shape and architecture",
+        )
+    tokens, _, width = question.shape
+    name = str(question.dtype).removeprefix("torch.")
+    plan = _library.module.rope_attention_plan(name, width, tokens, question.architecture)
+    if plan["path"] == "composed":
+        reason = "this length" if width in KERNEL_WIDTHS else f"no attention kernel for E = {width}"
+        return Path("rope_attention", "composition", f"{composed}: {reason} on sm_{question.architecture}")
+    memory = f"{plan['warps']} warps and {plan['shared_bytes'] / 1024:.0f} KB of shared memory a block"
+    if plan["path"] == "resident":
+        reason = f"keys and values of {plan['pairs']} (sequence, head) pairs resident in a block, {memory}"
+    else:
+        reason = f"rotated first, then keys and values streaming past {plan['rows']} queries, {memory}"
+    return Path("rope_attention", "kernel", f"own CUDA kernel: {reason}")
 
 
 @explains("rope_rotate", "T", "H", "E")
 def _explain_rotate(question: Question) -> Path:
-    return Path("rope_rotate", "composition", "PyTorch operations over all sequences at once; no kernel of our own yet")
+    if question.device.type != "cuda" or question.dtype not in ROTATE_DTYPES:
+        return Path("rope_rotate", "composition", "PyTorch operations over all sequences at once")
+    return _missing_cuda("rope_rotate") or Path("rope_rotate", "kernel", "own CUDA kernel, one warp a token")
+
+
+def _missing_cuda(op: str) -> Path | None:
+    if _library.module is None:
+        return Path(op, "missing", _library.problem)
+    if _library.build_info()["cuda"] is None:
+        return Path(op, "missing", "the library was built without nvcc: no CUDA kernels")
+    return None
+
+
+# ---- fakes and backwards of the registered ops ----
+
+
+@for_each_library
+def _register(namespace: str) -> None:
+    ops = getattr(torch.ops, namespace)
+    fake, autograd = torch.library.register_fake, torch.library.register_autograd
+
+    @fake(f"{namespace}::rope_rotate")
+    def _(qkv: Tensor, rope: Tensor, sequences: Tensor, groups: list[int]) -> Tensor:
+        return qkv.new_empty(qkv.shape[0], 2, *qkv.shape[2:])
+
+    @fake(f"{namespace}::rope_rotate_backward")
+    def _(grad: Tensor, rope: Tensor, sequences: Tensor, groups: list[int]) -> Tensor:
+        return grad.new_empty(grad.shape)
+
+    @fake(f"{namespace}::rope_attention")
+    def _(qkv: Tensor, rope: Tensor, sequences: Tensor, groups: list[int], scale: float) -> tuple[Tensor, Tensor]:
+        tokens, _, heads, width = qkv.shape
+        return qkv.new_empty(tokens, heads, width), qkv.new_empty(heads, tokens, dtype=torch.float32)
+
+    @fake(f"{namespace}::rope_attention_backward")
+    def _(
+        grad: Tensor,
+        qkv: Tensor,
+        rope: Tensor,
+        sequences: Tensor,
+        groups: list[int],
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+    ) -> Tensor:
+        return qkv.new_empty(qkv.shape)
+
+    def keep_rotation(ctx, inputs: tuple, output: Tensor) -> None:
+        _, rope, sequences, ctx.groups = inputs
+        ctx.save_for_backward(rope, sequences)
+
+    def turn_back(ctx, grad: Tensor) -> tuple:
+        turned = ops.rope_rotate_backward(grad, *ctx.saved_tensors, ctx.groups)  # (tokens, 2, H, E)
+        return F.pad(turned, (0, 0, 0, 0, 0, 1)), None, None, None  # v is not read
+
+    autograd(f"{namespace}::rope_rotate", turn_back, setup_context=keep_rotation)
+
+    def keep_attention(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        qkv, rope, sequences, ctx.groups, ctx.scale = inputs
+        ctx.save_for_backward(qkv, rope, sequences, *output)
+        ctx.set_materialize_grads(False)
+
+    def attention_backward(ctx, grad: Tensor | None, _: None) -> tuple:
+        if grad is None:
+            return None, None, None, None, None
+        qkv, rope, sequences, out, lse = ctx.saved_tensors
+        of_qkv = ops.rope_attention_backward(grad, qkv, rope, sequences, ctx.groups, out, lse, ctx.scale)
+        return of_qkv, None, None, None, None
+
+    autograd(f"{namespace}::rope_attention", attention_backward, setup_context=keep_attention)

@@ -63,7 +63,7 @@ def load() -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules[MODULE] = module
-        _paths.emulator_loaded()
+        _paths.emulator_loaded(module.architecture)
     return sys.modules[MODULE]
 
 

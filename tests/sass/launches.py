@@ -137,7 +137,7 @@ def _main(library: str, architecture: int, which: str) -> None:
     for line in (Path(library).parent / "parameters.txt").read_text().splitlines():
         symbol, ordinal, offset, size = line.split()
         recorder.record_parameter(symbol.encode(), int(ordinal), int(offset), int(size))
-    _paths.emulator_loaded()
+    _paths.emulator_loaded(lambda: architecture)
     import cases
 
     answer = []
