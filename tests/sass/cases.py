@@ -63,7 +63,6 @@ def cross_entropy(shapes: list[tuple[tuple[int, int], int, int]]) -> Iterator[Ca
                 Potentials(torch.empty(views * images), torch.empty(prototypes)),
                 student_temperature=0.1,
                 teacher_temperature=0.07,
-                weight=torch.empty(images) if overwrite else None,
                 overwrite_student=overwrite,
             )
             losses.sum().backward()
