@@ -1,126 +1,66 @@
-// Launcher of the backward of rope_attention: which kernel, how many warps and which blocks, from lengths, head width
-// and the architecture's shared memory alone.
-#include "ops/rope_attention/rope_attention_backward_cuda.cuh"
-
+// Launcher of the backward of rope_attention: every group to the kernel that backward_tiling names, one launch for all
+// groups of one kernel.
 #include <algorithm>
 
-#include "core/architecture.h"
 #include "core/launch.cuh"
+#include "ops/rope_attention/rope_attention_backward_resident.cuh"
+#include "ops/rope_attention/rope_attention_backward_streaming.cuh"
 
 namespace dinov3_ext {
 namespace {
-
-// One instantiation and the shape it is launched with.
-struct Tiling {
-  bool resident;
-  int parts;  // 16-row parts of a warp
-  int key_rows;
-  int warps;  // that the instantiation is compiled for
-};
-
-constexpr int resident_tokens(int width) { return width == 64 ? 288 : 256; }
-// Warps of the streaming kernels, per head width: each with 128 rows to a block.
-constexpr int stream_parts(int width) { return width == 64 ? 2 : 1; }
-constexpr int stream_warps(int width) { return width == 64 ? 4 : 8; }
-constexpr int kStreamRows = 128, kStreamStep = 32;
-
-Tiling choose_tiling(int width, int tokens, int architecture) {
-  const int tiles = (tokens + 15) / 16, parts = tiles <= 9 ? 1 : 2;
-  if (tokens <= resident_tokens(width)) {
-    // 32 keys at a time halve the barriers; 16 where shared memory is small (there two parts of 32 keys would also
-    // spill 72 bytes for sm_120, and the tensor cores are slow enough to hide the difference).
-    const bool small = shared_bytes_per_block(architecture) < 128 * 1024;
-    for (const int key_rows : {small && parts == 2 ? 16 : 32, 16}) {
-      const int bytes = resident_shared_bytes(width, 16 * tiles, key_rows);
-      if (bytes <= shared_bytes_per_block(architecture)) return {true, parts, key_rows, tiles <= 4 ? 4 : 9};
-    }
-  }
-  return {false, stream_parts(width), kStreamStep, stream_warps(width)};
-}
-
-// Adds `group` to the plan of its launch; groups come longest first.
-void add(BackwardPlan& plan, const SequenceGroup& group, int heads, int rows_of_block, int64_t& blocks) {
-  const int tiles = (group.tokens + 15) / 16;
-  const int row_blocks = (16 * tiles + rows_of_block - 1) / rows_of_block;
-  plan.groups[plan.count++] = {group.first_sequence, group.first_token, uint32_t(blocks),
-                               uint32_t(row_blocks), rows_of_block,     group.tokens};
-  blocks += group.sequences * heads * row_blocks;
-}
 
 template <Element T, int Width>
 struct Backward {
   const RopeAttentionBackward& args;
   void* stream;
 
-  template <int MT, int KeyRows, int Warps>
-  int resident(BackwardPlan& plan, int64_t blocks) const {
-    const int tiles = plan.rows / 16;
-    // With two parts to a warp 8 warps at least: they share out dV and dK in 8 or 16 units.
-    plan.warps = std::max((tiles + MT - 1) / MT, MT == 2 ? 8 : 1);
-    return launch<backward_resident<T, Width, MT, KeyRows, Warps>>(
-        {.x = blocks, .threads = 32 * plan.warps, .shared_bytes = resident_shared_bytes(Width, plan.rows, KeyRows)},
-        stream, args, plan);
-  }
-
-  int streaming(BackwardPlan& plan, int64_t blocks) const {
-    constexpr int MT = stream_parts(Width), kWarps = stream_warps(Width);
-    static_assert(16 * MT * kWarps == kStreamRows);
-    plan.warps = kWarps;
-    const int status = launch<backward_queries<T, Width, MT, kWarps, kStreamStep>>(
-        {.x = blocks,
-         .threads = 32 * kWarps,
-         .shared_bytes = backward_queries_shared_bytes<Width, MT, kWarps, kStreamStep>()},
-        stream, args, plan);
-    if (status) return status;
-    return launch<backward_keys<T, Width, MT, kWarps, kStreamStep>>(
-        {.x = blocks,
-         .threads = 32 * kWarps,
-         .shared_bytes = backward_keys_shared_bytes<Width, MT, kWarps, kStreamStep>()},
-        stream, args, plan);
-  }
-
+  // Longest sequences first: the last blocks of a launch should be short ones.
   int operator()() const {
-    const RopePacked& packed = args.packed;
-    // Longest first: the last blocks of a launch should be short ones.
     SequenceGroup groups[kMaxGroups];
-    std::copy_n(packed.groups, packed.group_count, groups);
-    std::stable_sort(groups, groups + packed.group_count,
+    const int count = args.packed.group_count;
+    std::copy_n(args.packed.groups, count, groups);
+    std::stable_sort(groups, groups + count,
                      [](const SequenceGroup& a, const SequenceGroup& b) { return a.tokens > b.tokens; });
-    for (int first = 0; first < packed.group_count;) {
-      const Tiling tiling = choose_tiling(Width, groups[first].tokens, packed.architecture);
+    for (int first = 0; first < count;) {
+      const BackwardTiling tiling = backward_tiling(Width, groups[first].tokens, args.packed.architecture);
       BackwardPlan plan{};
-      plan.scale_log2 = args.scale * 1.4426950408889634f;
-      plan.rows = (groups[first].tokens + 15) / 16 * 16;
+      plan.warps = tiling.warps, plan.rows = tiling.rows, plan.scale_log2 = args.scale * 1.4426950408889634f;
       int64_t blocks = 0;
-      for (; first < packed.group_count; ++first) {
+      for (; first < count; ++first) {
         const SequenceGroup& group = groups[first];
-        const Tiling other = choose_tiling(Width, group.tokens, packed.architecture);
-        if (other.resident != tiling.resident || other.parts != tiling.parts || other.key_rows != tiling.key_rows ||
-            other.warps != tiling.warps)
-          break;
-        int rows = (group.tokens + 15) / 16 * 16;
-        if (!tiling.resident) {
-          // Blocks of equal size rather than full ones and a rest.
-          const int row_blocks = (rows + kStreamRows - 1) / kStreamRows, unit = 16 * tiling.parts;
-          rows = ((rows + row_blocks - 1) / row_blocks + unit - 1) / unit * unit;
-        }
-        add(plan, group, packed.heads, rows, blocks);
+        const BackwardTiling own = backward_tiling(Width, group.tokens, args.packed.architecture);
+        if (!own.same_kernel(tiling)) break;
+        const int row_blocks = (group.tokens + own.rows - 1) / own.rows;
+        plan.groups[plan.count++] = {group.first_sequence, group.first_token, uint32_t(blocks),
+                                     uint32_t(row_blocks), own.rows,          group.tokens};
+        blocks += group.sequences * args.packed.heads * row_blocks;
       }
-      const int status = run(tiling, plan, blocks);
-      if (status) return status;
+      if (const int status = run(tiling, plan, blocks)) return status;
     }
     return 0;
   }
 
-  int run(const Tiling& tiling, BackwardPlan& plan, int64_t blocks) const {
-    constexpr int kPairWarps = (resident_tokens(Width) + 31) / 32;
-    if (!tiling.resident) return streaming(plan, blocks);
-    if (tiling.key_rows == 32) {
-      if (tiling.parts == 2) return resident<2, 32, kPairWarps>(plan, blocks);
-      return tiling.warps == 4 ? resident<1, 32, 4>(plan, blocks) : resident<1, 32, 9>(plan, blocks);
+  int run(const BackwardTiling& tiling, const BackwardPlan& plan, int64_t blocks) const {
+    const auto start = [&]<auto Kernel>() {
+      return launch<Kernel>({.x = blocks, .threads = 32 * tiling.warps, .shared_bytes = tiling.shared_bytes}, stream,
+                            args, plan);
+    };
+    if (!tiling.resident) {
+      constexpr int kParts = stream_parts(Width), kWarps = stream_warps(Width);
+      const int status = start.template operator()<backward_queries<T, Width, kParts, kWarps, kStreamStep>>();
+      return status ? status : start.template operator()<backward_keys<T, Width, kParts, kWarps, kStreamStep>>();
     }
-    if (tiling.parts == 2) return resident<2, 16, kPairWarps>(plan, blocks);
-    return resident<1, 16, 9>(plan, blocks);
+    constexpr int kMost = resident_warps(Width);
+    if constexpr (Width == 128) {
+      if (tiling.extra_tile) return start.template operator()<backward_resident<T, Width, 2, 32, kMost, true>>();
+    }
+    if (tiling.parts == 2) {
+      return tiling.step == 32 ? start.template operator()<backward_resident<T, Width, 2, 32, kMost, false>>()
+                               : start.template operator()<backward_resident<T, Width, 2, 16, kMost, false>>();
+    }
+    if (tiling.step == 16) return start.template operator()<backward_resident<T, Width, 1, 16, 9, false>>();
+    return tiling.most_warps == 4 ? start.template operator()<backward_resident<T, Width, 1, 32, 4, false>>()
+                                  : start.template operator()<backward_resident<T, Width, 1, 32, 9, false>>();
   }
 };
 
@@ -128,21 +68,18 @@ struct Backward {
 
 bool rope_attention_backward_needs_rotated(const RopePacked& packed) {
   return std::any_of(packed.groups, packed.groups + packed.group_count, [&](const SequenceGroup& group) {
-    return !choose_tiling(packed.head_width, group.tokens, packed.architecture).resident;
+    return !backward_tiling(packed.head_width, group.tokens, packed.architecture).resident;
   });
 }
 
 int rope_attention_backward_cuda(const RopeAttentionBackward& args, void* stream) {
-  if (args.rotated) {
-    // Only the sequences that the streaming kernels serve.
-    RopeRotate rotate{args.packed, args.qkv, args.stride, args.rotated, false};
-    rotate.packed.group_count = int(
-        std::remove_if(rotate.packed.groups, rotate.packed.groups + rotate.packed.group_count,
-                       [&](const SequenceGroup& group) {
-                         return choose_tiling(args.packed.head_width, group.tokens, args.packed.architecture).resident;
-                       }) -
-        rotate.packed.groups);
-    const int status = rope_rotate_cuda(rotate, stream);
+  RopePacked longer = args.packed;  // the sequences that stream, and so need q and k rotated
+  const auto stays = [&](const SequenceGroup& group) {
+    return backward_tiling(longer.head_width, group.tokens, longer.architecture).resident;
+  };
+  longer.group_count = int(std::remove_if(longer.groups, longer.groups + longer.group_count, stays) - longer.groups);
+  if (longer.group_count) {
+    const int status = rope_rotate_cuda({longer, args.qkv, args.stride, args.rotated, false}, stream);
     if (status) return status;
   }
   const bool bfloat16 = args.packed.element == Element::bfloat16;
