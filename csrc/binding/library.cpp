@@ -46,11 +46,9 @@ DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, CPU, m) {
   m.impl("sinkhorn_column_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_column_sums));
   m.impl("sinkhorn_finish", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_finish));
   m.impl("sinkhorn_row_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_row_sums));
-#if defined(DINOV3_EXT_EMULATOR)
   m.impl("assignment_cross_entropy", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy));
   m.impl("assignment_cross_entropy_backward", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy_backward));
   m.impl("assignment_cross_entropy_backward_", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy_backward_));
-#endif
   m.impl("rope_rotate", DINOV3_EXT_BOX(&dinov3_ext::rope_rotate));
   m.impl("rope_rotate_backward", DINOV3_EXT_BOX(&dinov3_ext::rope_rotate_backward));
   m.impl("rope_attention", DINOV3_EXT_BOX(&dinov3_ext::rope_attention));

@@ -58,6 +58,17 @@ DINOV3_EXT_INLINE typename Vector<W>::Unsigned widened(typename Vector<W>::Half 
   return __builtin_convertvector(half, typename Vector<W>::Unsigned);
 }
 
+// The float16 numbers whose bits are in the low halves: move exponent and mantissa into place, correct the bias by a
+// product (subnormals come out right), give infinity and NaN the full exponent.
+template <int W>
+DINOV3_EXT_INLINE typename Vector<W>::Float widened_float16(typename Vector<W>::Unsigned wide) {
+  using V = Vector<W>;
+  const auto magnitude = (wide & 0x7fffu) << 13;
+  const auto scaled = bits_as<typename V::Unsigned>(bits_as<typename V::Float>(magnitude) * 0x1p112f);
+  const auto special = (wide & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : scaled;
+  return bits_as<typename V::Float>(special | ((wide & 0x8000u) << 16));
+}
+
 // W elements of a tensor, widened to float. T: float, or uint16_t holding the bits of the type E names.
 template <Element E, int W>
 DINOV3_EXT_INLINE typename Vector<W>::Float load_element(const void* base, int64_t index) {
@@ -69,40 +80,40 @@ DINOV3_EXT_INLINE typename Vector<W>::Float load_element(const void* base, int64
     std::memcpy(&half, static_cast<const uint16_t*>(base) + index, sizeof(half));
     const auto wide = widened<W>(half);
     if constexpr (E == Element::bfloat16) return bits_as<typename V::Float>(wide << 16);
-    // float16: move exponent and mantissa into place, correct the bias by a product (subnormals come out right),
-    // give infinity and NaN the full exponent.
-    const auto magnitude = (wide & 0x7fffu) << 13;
-    const auto scaled = bits_as<typename V::Unsigned>(bits_as<typename V::Float>(magnitude) * 0x1p112f);
-    const auto special = (wide & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : scaled;
-    return bits_as<typename V::Float>(special | ((wide & 0x8000u) << 16));
+    return widened_float16<W>(wide);
   }
 }
 
-// W floats as elements of a tensor, rounded to the nearest, ties to even; overflow gives infinity, NaN stays NaN.
+// Bits of the nearest numbers of a 16-bit type, in the low halves: ties to even; overflow gives infinity, NaN stays
+// NaN.
+template <Element E, int W>
+DINOV3_EXT_INLINE typename Vector<W>::Unsigned rounded(typename Vector<W>::Float value) {
+  static_assert(E != Element::float32);
+  using V = Vector<W>;
+  const auto bits = bits_as<typename V::Unsigned>(value);
+  const auto magnitude = bits & 0x7fffffffu;
+  if constexpr (E == Element::bfloat16) {
+    const auto nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return magnitude > 0x7f800000u ? ((bits >> 16) | 0x40u) : nearest;
+  } else {
+    // Normal: correct the exponent's bias and round at bit 13. Subnormal: adding 1/2 leaves the result in the low bits.
+    const auto normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+    const auto small = bits_as<typename V::Unsigned>(bits_as<typename V::Float>(magnitude) + 0.5f) - 0x3f000000u;
+    const auto infinite = typename V::Unsigned{} + 0x7c00u;
+    auto nearest = magnitude < 0x38800000u ? small : normal;
+    nearest = magnitude >= 0x47800000u ? infinite : nearest;
+    nearest = magnitude > 0x7f800000u ? infinite + 0x200u : nearest;
+    return nearest | ((bits >> 16) & 0x8000u);
+  }
+}
+
+// W floats as elements of a tensor, rounded as above.
 template <Element E, int W>
 DINOV3_EXT_INLINE void store_element(void* base, int64_t index, typename Vector<W>::Float value) {
-  using V = Vector<W>;
   if constexpr (E == Element::float32) {
     store<W>(static_cast<float*>(base) + index, value);
   } else {
-    const auto bits = bits_as<typename V::Unsigned>(value);
-    const auto magnitude = bits & 0x7fffffffu;
-    typename V::Unsigned rounded;
-    if constexpr (E == Element::bfloat16) {
-      rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-      rounded = magnitude > 0x7f800000u ? ((bits >> 16) | 0x40u) : rounded;
-    } else {
-      // Normal: correct the exponent's bias and round at bit 13. Subnormal: adding 1/2 leaves the result in the low
-      // bits.
-      const auto normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
-      const auto small = bits_as<typename V::Unsigned>(bits_as<typename V::Float>(magnitude) + 0.5f) - 0x3f000000u;
-      const auto infinite = typename V::Unsigned{} + 0x7c00u;
-      rounded = magnitude < 0x38800000u ? small : normal;
-      rounded = magnitude >= 0x47800000u ? infinite : rounded;
-      rounded = magnitude > 0x7f800000u ? infinite + 0x200u : rounded;
-      rounded |= (bits >> 16) & 0x8000u;
-    }
-    const auto half = __builtin_convertvector(rounded, typename V::Half);
+    const auto half = __builtin_convertvector(rounded<E, W>(value), typename Vector<W>::Half);
     std::memcpy(static_cast<uint16_t*>(base) + index, &half, sizeof(half));
   }
 }

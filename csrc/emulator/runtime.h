@@ -73,8 +73,6 @@ struct Fiber {
   std::vector<Access> accesses;
   const char* waits_for = nullptr;
   Location where;
-  const char* passed = nullptr;  // the last barrier or wait
-  Location passed_where;
   int64_t committed = 0;  // groups of asynchronous copies
   struct Copy {
     uint32_t to;

@@ -20,7 +20,7 @@ from dinov3_ext.ops.sinkhorn_knopp import Potentials
 LOGITS_AT_ONCE = {"cpu": 1 << 20}
 LOGITS_AT_ONCE_ELSEWHERE = 1 << 26
 
-KERNEL_DEVICES = ("cuda",)
+KERNEL_DEVICES = ("cpu", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,7 +57,8 @@ def assignment_cross_entropy(
         (C, A) losses, fp32 (fp64 for fp64 logits).
     Raises:
         ValueError: wrong shape, type, device or temperature; overwrite_student on a leaf or while compiling.
-        ImportError: the native library is not built (logits of one 16-bit type or fp32 on a CUDA device need it).
+        ImportError: the native library is not built (logits of one 16-bit type or fp32 on a CPU or CUDA device
+            need it).
     """
     _check_inputs(student, teacher, potentials, student_temperature, teacher_temperature, weight)
     if overwrite_student and torch.compiler.is_compiling():
@@ -175,6 +176,7 @@ class _OverwritingKernel(torch.autograd.Function):
         student, *rest = ctx.saved_tensors
         arguments = _arguments(ctx, *rest)
         ctx.ops.assignment_cross_entropy_backward_(grad.contiguous(), student, *arguments)
+        torch.autograd.graph.increment_version(student)  # ops of the stable ABI leave it to the caller
         return (student.detach(), *(None for _ in range(6)))
 
 
@@ -253,6 +255,8 @@ def _explain(question: Question) -> Path:
     if _library.module is None:
         return Path(op, "missing", _library.problem)
     info = _library.build_info()
+    if device.type == "cpu":
+        return Path(op, "kernel", f"own CPU kernel, {info['cpu_variant']}")
     if info["cuda"] is None:
         return Path(op, "missing", "the library was built without nvcc: no CUDA kernels")
     return Path(op, "kernel", f"own CUDA kernel, built for {info['cuda_architectures']}")

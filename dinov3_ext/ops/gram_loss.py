@@ -19,7 +19,7 @@ CLIPS = ("none", "both", "teacher")
 SMALLEST_NORM = 1e-12
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Devices of the native op in this build.
-_KERNEL_DEVICES = ("cuda",) if _library.module is not None and _library.module.build_info()["cuda"] else ()
+_KERNEL_DEVICES = () if _library.module is None else ("cpu", "cuda") if _library.build_info()["cuda"] else ("cpu",)
 
 
 def gram_loss(student: Tensor, teacher: Tensor, *, clip: str = "none") -> Tensor:
@@ -149,10 +149,12 @@ def _check_inputs(op: str, student: Tensor, teacher: Tensor, clip: str) -> None:
 def _explain(question: Question) -> Path:
     device, dtype = question.device, question.dtype
     composition = "PyTorch operations, one image at a time, gradient in forward"
-    if dtype not in KERNEL_DTYPES or device.type != "cuda":
+    if dtype not in KERNEL_DTYPES or device.type not in ("cpu", "cuda"):
         return Path("gram_loss", "composition", f"{composition}; no kernel for {dtype} on {device.type}")
     if _library.module is None:
         return Path("gram_loss", "composition", f"{composition}; {_library.problem}")
+    if device.type == "cpu" and not emulator_forced():
+        return Path("gram_loss", "kernel", f"own CPU kernel, {_library.build_info()['cpu_variant']}")
     if device.type not in _KERNEL_DEVICES:
         return Path("gram_loss", "composition", f"{composition}; the library was built without nvcc: no CUDA kernels")
     numbers = "pairs of fp16 numbers, three products for one" if dtype is torch.float32 else "one fp16 number each"

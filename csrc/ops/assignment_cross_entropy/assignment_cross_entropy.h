@@ -39,6 +39,7 @@ struct AssignmentProblem {
   const float* weight;   // (B,), or null: 1 / B each
   float student_scale;   // log2(e) / student_temperature
   float teacher_scale;   // log2(e) / teacher_temperature
+  double teacher_temperature;
 };
 
 struct AssignmentCrossEntropy {

@@ -38,6 +38,7 @@ AssignmentProblem check_problem(const char* op, const Tensor& student, const Ten
                   student_temperature, " and ", teacher_temperature);
   problem.rows = input<float>(rows), problem.columns = input<float>(columns);
   problem.weight = weight ? input<float>(*weight) : nullptr;
+  problem.teacher_temperature = teacher_temperature;
   problem.student_scale = static_cast<float>(kLog2E / student_temperature);
   problem.teacher_scale = static_cast<float>(kLog2E / teacher_temperature);
   return problem;
@@ -73,7 +74,7 @@ void backward_into(const char* op, Tensor& gradient, const Tensor& grad, const T
   args.log_sums = check_matrix("log_sums", log_sums, args.problem.images);
   args.gradient = output(gradient);
   args.gradient_crop_stride = gradient.stride(0), args.gradient_row_stride = gradient.stride(1);
-  launch_on_device(op, student, args, assignment_cross_entropy_backward_cuda);
+  launch(op, student, args, assignment_cross_entropy_backward_cpu, assignment_cross_entropy_backward_cuda);
 }
 
 }  // namespace
@@ -100,7 +101,7 @@ std::tuple<Tensor, Tensor> assignment_cross_entropy(const Tensor& student, const
       ScalarType::Float);
   args.workspace = runs_on_cpu(student) ? nullptr : output<float>(workspace);
   args.losses = output<float>(losses), args.log_sums = output<float>(log_sums);
-  launch_on_device(op, student, args, assignment_cross_entropy_cuda);
+  launch(op, student, args, assignment_cross_entropy_cpu, assignment_cross_entropy_cuda);
   return {losses, log_sums};
 }
 

@@ -59,10 +59,10 @@ std::tuple<Tensor, Tensor> gram_loss(const Tensor& student, const Tensor& teache
   Tensor grad = gradient ? empty(student, {args.images, args.patches, args.width}, type) : empty(student, {0}, type);
   args.loss = output<float>(loss);
   args.grad = gradient ? output(grad) : nullptr;
-  Tensor workspace = empty(student, {gram_loss_workspace_cuda(args)}, ScalarType::Byte);
+  const int64_t bytes = runs_on_cpu(student) ? gram_loss_workspace_cpu(args) : gram_loss_workspace_cuda(args);
+  Tensor workspace = empty(student, {bytes}, ScalarType::Byte);
   args.workspace = output(workspace);
-  STD_TORCH_CHECK(!runs_on_cpu(student), kOp, ": no CPU kernel yet");
-  launch_on_device(kOp, student, args, gram_loss_cuda);
+  launch(kOp, student, args, gram_loss_cpu, gram_loss_cuda);
   return {loss, grad};
 }
 

@@ -1,0 +1,522 @@
+// Gram anchoring on the CPU, fp32 products: 4 N N D operations where PyTorch makes 8, and no matrix of similarities.
+//
+// Per strip of rows (gram_loss_plan_cpu.h):
+//   1. a task per image and column J of blocks: similarities of student and teacher (symmetric: rows I <= J), the loss,
+//      the differences d', and what the normalisation takes back, t[i] = sum_j d'[i, j] S[i, j]
+//   2. a task per image, 64 columns of the width and group of rows: d' times the normalised features. Rows of the strip
+//      become the gradient; rows below it collect the strip's share: in the gradient's own memory, and where that is
+//      bf16, with the low halves of the fp32 numbers beside it.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "core/cpu_tile.h"
+#include "core/cpu_variant.h"
+#include "core/cpu_vector.h"
+#include "ops/gram_loss/gram_loss.h"
+#include "ops/gram_loss/gram_loss_plan_cpu.h"
+
+namespace dinov3_ext {
+namespace {
+
+constexpr int64_t kBlock = kGramBlock;
+constexpr int64_t kDepth = 128;        // of the width, packed at a time for similarities
+constexpr int64_t kSummed = 32;        // products summed before they join the sum
+constexpr int64_t kNarrow = 32;        // widths up to here: fp64, the few rounding errors do not average out
+constexpr int64_t kChunkColumns = 64;  // of the width, in a task of the gradient
+constexpr int64_t kGroupBlocks = 3;    // of patches, in a task of the gradient
+constexpr double kLongest = 1 / double(kGramSmallestNorm);
+
+template <class T>
+struct Buffer {  // aligned to a cache line, not initialised
+  T* data;
+  explicit Buffer(int64_t count) : data(static_cast<T*>(operator new(sizeof(T) * count, std::align_val_t(64)))) {}
+  ~Buffer() { operator delete(data, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+};
+
+struct Work {
+  const GramLoss& args;
+  const GramPlan& plan;
+  char* workspace;      // aligned
+  int64_t first_image;  // of the chunk
+  int64_t images;       // in the chunk
+  int64_t strip;        // number of the strip
+  int64_t first, last;  // its blocks
+
+  template <class T>
+  T* part(int64_t offset, int64_t image, int64_t each) const {
+    return reinterpret_cast<T*>(workspace + offset) + image * each;
+  }
+  double* inverse_norms(int64_t image, bool teacher) const {
+    return part<double>(plan.norms, image, 2 * plan.patches) + (teacher ? plan.patches : 0);
+  }
+  float* along(int64_t image) const { return part<float>(plan.along, image, plan.patches); }
+  float* along_parts(int64_t image, int64_t column) const {
+    const int64_t rows = plan.strip_blocks * kBlock;
+    return part<float>(plan.along_parts, image, plan.blocks * rows) + column * rows;
+  }
+  float* differences(int64_t image, int64_t block) const {
+    return part<float>(plan.differences, image, plan.offset(0, plan.strip_blocks)) + plan.offset(first, block);
+  }
+  uint16_t* lows(int64_t image) const { return part<uint16_t>(plan.lows, image, plan.patches * plan.width); }
+  double* loss(int64_t image, int64_t column) const { return part<double>(plan.losses, image, plan.blocks) + column; }
+};
+
+// ---- rows of features
+
+template <Element E, int W>
+DINOV3_EXT_INLINE void read_row_of(const GramFeatures& features, int64_t image, int64_t row, int64_t begin,
+                                   int64_t count, double scale, float* to) {
+  const int64_t start = image * features.image_stride + row * features.row_stride + begin * features.column_stride;
+  const char* from = static_cast<const char*>(features.data) + start * (E == Element::float32 ? 4 : 2);
+  // In two parts, so that no error is common to a row: it would not cancel in the sums over it.
+  const auto high = splat<W>(float(scale)), low = splat<W>(float(scale - float(scale)));
+  if (features.column_stride == 1) {
+    int64_t k = 0;
+    for (; k + W <= count; k += W) {
+      const auto x = load_element<E, W>(from, k);
+      store<W>(to + k, x * high + x * low);
+    }
+    if (k < count) {
+      const auto x = load_element_tail<E, W>(from, k, count - k);
+      store_tail<W>(to + k, x * high + x * low, count - k);
+    }
+  } else {
+    for (int64_t k = 0; k < count; ++k) {
+      const auto x = load_element_tail<E, W>(from, k * features.column_stride, 1);
+      store_tail<W>(to + k, x * high + x * low, 1);
+    }
+  }
+}
+
+// `count` features of a row from `begin` on, times scale.
+template <int W>
+DINOV3_EXT_INLINE void read_row(const GramFeatures& features, int64_t image, int64_t row, int64_t begin, int64_t count,
+                                double scale, float* to) {
+  switch (features.element) {
+    case Element::float32: return read_row_of<Element::float32, W>(features, image, row, begin, count, scale, to);
+    case Element::bfloat16: return read_row_of<Element::bfloat16, W>(features, image, row, begin, count, scale, to);
+    case Element::float16: return read_row_of<Element::float16, W>(features, image, row, begin, count, scale, to);
+  }
+}
+
+// 1 / max(norm, 1e-12) of a row.
+template <int W>
+DINOV3_EXT_INLINE double inverse_norm(const GramFeatures& features, int64_t image, int64_t row, int64_t width) {
+  using Float = typename Vector<W>::Float;
+  float part[kDepth];
+  double total = 0, exact = 0;
+  for (int64_t k = 0; k < width; k += kDepth) {
+    const int64_t count = std::min(kDepth, width - k);
+    read_row<W>(features, image, row, k, count, 1., part);
+    std::fill(part + count, part + GramPlan::divide_up(count, W) * W, 0.f);
+    Float sum = splat<W>(0.f);
+    for (int64_t i = 0; i < count; i += W) sum += load<W>(part + i) * load<W>(part + i);
+    total += sum_lanes<W>(sum);
+  }
+  if (!(total > 1e-20 && total < 1e20)) {  // squares of such numbers lose digits in fp32, or overflow
+    for (int64_t k = 0; k < width; k += kDepth) {
+      const int64_t count = std::min(kDepth, width - k);
+      read_row<W>(features, image, row, k, count, 1., part);
+      for (int64_t i = 0; i < count; ++i) exact += double(part[i]) * part[i];
+    }
+    total = exact;
+  }
+  return 1 / std::max(std::sqrt(total), double(kGramSmallestNorm));
+}
+
+// Normalised features of rows [row, row + kTileRows) as (rows, kDepth); zeros below the last patch.
+template <int W>
+DINOV3_EXT_INLINE void pack_rows(const GramFeatures& features, const double* inverse, int64_t image, int64_t row,
+                                 int64_t rows, int64_t patches, int64_t begin, int64_t count, float* to) {
+  for (int64_t m = 0; m < rows; ++m) {
+    if (row + m < patches) {
+      read_row<W>(features, image, row + m, begin, count, inverse[row + m], to + m * kDepth);
+    } else {
+      std::fill(to + m * kDepth, to + m * kDepth + count, 0.f);
+    }
+  }
+}
+
+// The same of a block's rows, turned: panels of kTileColumns rows, (count, kTileColumns) each.
+template <int W>
+DINOV3_EXT_INLINE void pack_columns(const GramFeatures& features, const double* inverse, int64_t image, int64_t row,
+                                    int64_t patches, int64_t begin, int64_t count, float* to) {
+  alignas(64) float rows[W * kDepth];
+  typename Vector<W>::Float square[W];
+  for (int64_t n = 0; n < kBlock; n += W) {
+    float* panel = to + n / kTileColumns<W> * kTileColumns<W> * kDepth + n % kTileColumns<W>;
+    pack_rows<W>(features, inverse, image, row + n, W, patches, begin, count, rows);
+    for (int64_t k = 0; k < count; k += W) {
+      for (int i = 0; i < W; ++i) square[i] = load<W>(rows + i * kDepth + k);
+      transpose<W>(square);
+      for (int i = 0; i < W; ++i) store<W>(panel + (k + i) * kTileColumns<W>, square[i]);
+    }
+  }
+}
+
+// ---- 1. similarities, loss, differences -----------------------------------------------------------------------------
+
+// Similarities of one side: rows of the strip's blocks up to `column`, columns of that block: (rows, kBlock).
+template <int W>
+DINOV3_EXT_INLINE void similarities(const Work& work, bool teacher, int64_t image, int64_t column, float* panels,
+                                    float* result) {
+  constexpr int64_t tile = kTileRows<W>;
+  const GramFeatures& features = teacher ? work.args.teacher : work.args.student;
+  const double* inverse = work.inverse_norms(image, teacher);
+  const int64_t patches = work.plan.patches, from = work.first_image + image;
+  const int64_t begin = work.first * kBlock, end = std::min({work.last * kBlock, (column + 1) * kBlock, patches});
+  const int64_t columns = std::min(kBlock, patches - column * kBlock);
+  alignas(64) float rows[tile * kDepth];
+  for (int64_t k = 0; k < work.plan.width; k += kDepth) {
+    const int64_t depth = std::min(kDepth, work.plan.width - k);
+    pack_columns<W>(features, inverse, from, column * kBlock, patches, k, depth, panels);
+    for (int64_t row = begin; row < end; row += tile) {
+      const int64_t height = std::min(tile, end - row);
+      pack_rows<W>(features, inverse, from, row, tile, patches, k, depth, rows);
+      for (int64_t n = 0; n < columns; n += kTileColumns<W>) {
+        if (row >= column * kBlock + n + kTileColumns<W>) continue;  // below the diagonal
+        float* to = result + (row - begin) * kBlock + n;
+        for (int64_t i = 0; i < depth; i += kSummed) {
+          product_tile<W, kDepth, false>(height, rows + i, panels + n * kDepth + i * kTileColumns<W>,
+                                         std::min(kSummed, depth - i), to, kBlock, k + i > 0);
+        }
+      }
+    }
+  }
+}
+
+// Both sides at once for narrow features, in fp64: similarities of the student, and how far the teacher's are below
+// them.
+template <int W>
+DINOV3_EXT_INLINE void narrow_similarities(const Work& work, int64_t image, int64_t column, float* result,
+                                           float* gaps) {
+  const GramPlan& plan = work.plan;
+  const int64_t begin = work.first * kBlock, end = std::min({work.last * kBlock, (column + 1) * kBlock, plan.patches});
+  const int64_t columns = std::min(kBlock, plan.patches - column * kBlock);
+  float block[2][kBlock][kNarrow], row[kNarrow];
+  for (int64_t i = begin; i < end; ++i) {
+    double sums[2][kBlock] = {};
+    for (const bool teacher : {false, true}) {
+      const GramFeatures& features = teacher ? work.args.teacher : work.args.student;
+      const double* inverse = work.inverse_norms(image, teacher);
+      const int64_t from = work.first_image + image;
+      for (int64_t n = 0; i == begin && n < columns; ++n) {
+        read_row<W>(features, from, column * kBlock + n, 0, plan.width, 1., block[teacher][n]);
+      }
+      read_row<W>(features, from, i, 0, plan.width, 1., row);
+      for (int64_t n = 0; n < columns; ++n) {
+        for (int64_t k = 0; k < plan.width; ++k) sums[teacher][n] += double(row[k]) * block[teacher][n][k];
+        sums[teacher][n] *= inverse[i] * inverse[column * kBlock + n];
+      }
+    }
+    for (int64_t n = 0; n < columns; ++n) {
+      result[(i - begin) * kBlock + n] = float(sums[0][n]);
+      gaps[(i - begin) * kBlock + n] = float(sums[0][n] - sums[1][n]);
+    }
+  }
+}
+
+// Adds the loss of one row of one block, and turns it to d' and d' S. `gap`: similarities less
+// targets. `diagonal`: of this row, in columns of the block.
+template <int W>
+DINOV3_EXT_INLINE float difference_row(GramClip clip, int64_t columns, int64_t diagonal, const float* similarity,
+                                       const float* gap, float* difference, float* along_columns, double& loss) {
+  using V = Vector<W>;
+  using Float = typename V::Float;
+  const Float zero = splat<W>(0.f);
+  typename V::Int lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  Float total = zero, along = zero, on_diagonal = zero;
+  for (int64_t n = 0; n < kBlock; n += W) {
+    const typename V::Int place = lane + int32_t(n);
+    const auto inside = (place >= int32_t(diagonal)) & (place < int32_t(columns));
+    const Float s = inside ? load<W>(similarity + n) : zero, g = inside ? load<W>(gap + n) : zero, t = s - g;
+    Float d = g;
+    if (clip != GramClip::none) d = t < zero ? s : d;
+    if (clip == GramClip::both) d = s < zero ? (t < zero ? zero : -t) : d;
+    total += d * d;
+    on_diagonal += place == int32_t(diagonal) ? d * d : zero;
+    if (difference) {
+      const Float gradient = clip == GramClip::both ? (s < zero ? zero : d) : d;
+      store<W>(difference + n, gradient);
+      const Float both = gradient * s;
+      along += both;
+      store<W>(along_columns + n, load<W>(along_columns + n) + (place == int32_t(diagonal) ? zero : both));
+    }
+  }
+  loss += 2. * sum_lanes<W>(total) - sum_lanes<W>(on_diagonal);
+  return sum_lanes<W>(along);
+}
+
+template <int W>
+DINOV3_EXT_INLINE void similarity_task(const Work& work, int64_t image, int64_t column) {
+  const GramPlan& plan = work.plan;
+  const int64_t begin = work.first * kBlock, end = std::min({work.last * kBlock, (column + 1) * kBlock, plan.patches});
+  const int64_t columns = std::min(kBlock, plan.patches - column * kBlock);
+  const int64_t rows = GramPlan::divide_up(end - begin, kTileRows<W>) * kTileRows<W>;
+  Buffer<float> panels(kBlock * kDepth), ours(rows * kBlock), gaps(rows * kBlock);
+  if (plan.width <= kNarrow) {
+    narrow_similarities<W>(work, image, column, ours.data, gaps.data);
+  } else {
+    similarities<W>(work, false, image, column, panels.data, ours.data);
+    similarities<W>(work, true, image, column, panels.data, gaps.data);
+    for (int64_t i = 0; i < rows * kBlock; i += W) {
+      store<W>(gaps.data + i, load<W>(ours.data + i) - load<W>(gaps.data + i));
+    }
+  }
+
+  alignas(64) float along_columns[kBlock] = {}, row_of_differences[kBlock];
+  float* parts = plan.gradient ? work.along_parts(image, column) : nullptr;
+  double loss = 0;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t block = row / kBlock, diagonal = block < column ? -1 : row - column * kBlock;
+    const float along = difference_row<W>(work.args.clip, columns, diagonal, ours.data + (row - begin) * kBlock,
+                                          gaps.data + (row - begin) * kBlock,
+                                          plan.gradient ? row_of_differences : nullptr, along_columns, loss);
+    if (!plan.gradient) continue;
+    parts[row - begin] = along;
+    float* to = work.differences(image, block) + (row - block * kBlock) * plan.pitch(block) + (column - block) * kBlock;
+    std::copy(row_of_differences, row_of_differences + columns, to);
+  }
+  double* total = work.loss(image, column);
+  *total = work.strip == 0 ? loss : *total + loss;
+  if (!plan.gradient) return;
+  float* along = work.along(image) + column * kBlock;
+  for (int64_t n = 0; n < columns; ++n) along[n] = along_columns[n] + (work.strip == 0 ? 0.f : along[n]);
+  if (column < work.last) {  // the block on the diagonal is needed whole
+    float* square = work.differences(image, column);
+    const int64_t pitch = plan.pitch(column);
+    for (int64_t m = 0; m < columns; ++m) {
+      for (int64_t n = m + 1; n < columns; ++n) square[n * pitch + m] = square[m * pitch + n];
+    }
+  }
+}
+
+// ---- 2. gradient ----------------------------------------------------------------------------------------------------
+
+// Block (row, depth) of the differences, as the packed left side of a product, rows m .. m + tile: (tile, kBlock) where
+// the depth lies to the right, (kBlock, tile) where it lies to the left and the block is stored turned.
+template <int W>
+DINOV3_EXT_INLINE void pack_differences(const Work& work, int64_t image, int64_t block, int64_t m, int64_t depth_block,
+                                        int64_t depth, float* to) {
+  constexpr int64_t tile = kTileRows<W>;
+  if (depth_block < block) {
+    const int64_t pitch = work.plan.pitch(depth_block);
+    const float* from = work.differences(image, depth_block) + (block - depth_block) * kBlock + m;
+    for (int64_t k = 0; k < depth; ++k) std::memcpy(to + k * tile, from + k * pitch, tile * sizeof(float));
+  } else {
+    const int64_t pitch = work.plan.pitch(block);
+    const float* from = work.differences(image, block) + m * pitch + (depth_block - block) * kBlock;
+    for (int64_t i = 0; i < tile; ++i) std::memcpy(to + i * kBlock, from + i * pitch, depth * sizeof(float));
+  }
+}
+
+// Rows [row, row + rows) of the sums (rows, kChunkColumns): joined with earlier strips' shares, and either finished or
+// kept for later strips.
+template <int W>
+DINOV3_EXT_INLINE void put_rows(const Work& work, int64_t image, int64_t row, int64_t rows, int64_t begin,
+                                int64_t count, float* sums) {
+  const GramPlan& plan = work.plan;
+  const bool finished = row < work.last * kBlock;
+  const double* inverse = work.inverse_norms(image, false);
+  const Element element = gram_grad_element(work.args.student.element);
+  const double entries = double(plan.images) * plan.patches * plan.patches;
+  alignas(64) float x[kChunkColumns];
+  for (int64_t m = 0; m < rows; ++m) {
+    const int64_t i = row + m, at = ((work.first_image + image) * plan.patches + i) * plan.width + begin;
+    float* sum = sums + m * kChunkColumns;
+    float* wide = static_cast<float*>(work.args.grad) + at;
+    uint16_t* high = static_cast<uint16_t*>(work.args.grad) + at;
+    uint16_t* low = work.lows(image) + i * plan.width + begin;
+    if (work.strip > 0) {
+      if (element == Element::float32) {
+        for (int64_t n = 0; n < count; ++n) sum[n] += wide[n];
+      } else {
+        for (int64_t n = 0; n < count; ++n) sum[n] += bits_as<float>(uint32_t(high[n]) << 16 | low[n]);
+      }
+    }
+    if (finished) {
+      const double r = inverse[i];
+      const float t = r >= kLongest ? 0.f : work.along(image)[i];  // else divided by a constant
+      const float factor = float(4 / entries * r);
+      read_row<W>(work.args.student, work.first_image + image, i, begin, count, r, x);
+      for (int64_t n = 0; n < count; ++n) sum[n] = factor * (sum[n] - t * x[n]);
+    }
+    if (element == Element::float32) {
+      std::copy(sum, sum + count, wide);
+    } else if (finished) {
+      for (int64_t n = 0; n < count; n += W) {
+        uint16_t rounded_row[W];
+        store_element<Element::bfloat16, W>(rounded_row, 0, load<W>(sum + n));
+        std::copy(rounded_row, rounded_row + std::min<int64_t>(W, count - n), high + n);
+      }
+    } else {
+      for (int64_t n = 0; n < count; ++n) {
+        const uint32_t bits = bits_as<uint32_t>(sum[n]);
+        high[n] = uint16_t(bits >> 16), low[n] = uint16_t(bits);
+      }
+    }
+  }
+}
+
+// Columns [begin, begin + kChunkColumns) of the rows of blocks [first, last): all of the strip, or all below it.
+template <int W>
+DINOV3_EXT_INLINE void gradient_task(const Work& work, int64_t image, int64_t first, int64_t last, int64_t begin) {
+  constexpr int64_t tile = kTileRows<W>;
+  const GramPlan& plan = work.plan;
+  const bool in_strip = first < work.last;
+  const int64_t count = std::min(kChunkColumns, plan.width - begin);
+  const int64_t depth_last = in_strip ? plan.blocks : work.last;
+  const double* inverse = work.inverse_norms(image, false);
+  Buffer<float> panels(kBlock * kChunkColumns), sums((last - first) * kBlock * kChunkColumns);
+  alignas(64) float left[tile * kBlock + 16], row[kChunkColumns];
+  std::fill(row, row + kChunkColumns, 0.f);
+  for (int64_t k = work.first; k < depth_last; ++k) {
+    const int64_t depth = std::min(kBlock, plan.patches - k * kBlock);
+    for (int64_t i = 0; i < depth; ++i) {
+      const int64_t j = k * kBlock + i;
+      read_row<W>(work.args.student, work.first_image + image, j, begin, count, inverse[j], row);
+      for (int64_t n = 0; n < kChunkColumns; n += kTileColumns<W>) {
+        std::copy(row + n, row + n + kTileColumns<W>, panels.data + n * kBlock + i * kTileColumns<W>);
+      }
+    }
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t rows = std::min(kBlock, plan.patches - block * kBlock);
+      for (int64_t m = 0; m < rows; m += tile) {
+        pack_differences<W>(work, image, block, m, k, depth, left);
+        for (int64_t n = 0; n < kChunkColumns; n += kTileColumns<W>) {
+          float* to = sums.data + ((block - first) * kBlock + m) * kChunkColumns + n;
+          const float* right = panels.data + n * kBlock;
+          const int64_t height = std::min(tile, rows - m);
+          if (k < block) {
+            product_tile<W, kBlock, true>(height, left, right, depth, to, kChunkColumns, k > work.first);
+          } else {
+            product_tile<W, kBlock, false>(height, left, right, depth, to, kChunkColumns, k > work.first);
+          }
+        }
+      }
+    }
+  }
+  const int64_t row_end = std::min(last * kBlock, plan.patches);
+  put_rows<W>(work, image, first * kBlock, row_end - first * kBlock, begin, count, sums.data);
+}
+
+// ---- one set of functions per instruction set ----
+
+struct Kernels {
+  double (*inverse_norm)(const GramFeatures&, int64_t image, int64_t row, int64_t width);
+  void (*similarities)(const Work&, int64_t image, int64_t column);
+  void (*gradient)(const Work&, int64_t image, int64_t first, int64_t last, int64_t begin);
+};
+
+#define KERNELS_OF(TARGET, NAME, W)                                                                            \
+  TARGET double inverse_norm_##NAME(const GramFeatures& features, int64_t image, int64_t row, int64_t width) { \
+    return inverse_norm<W>(features, image, row, width);                                                       \
+  }                                                                                                            \
+  TARGET void similarities_##NAME(const Work& work, int64_t image, int64_t column) {                           \
+    similarity_task<W>(work, image, column);                                                                   \
+  }                                                                                                            \
+  TARGET void gradient_##NAME(const Work& work, int64_t image, int64_t first, int64_t last, int64_t begin) {   \
+    gradient_task<W>(work, image, first, last, begin);                                                         \
+  }                                                                                                            \
+  constexpr Kernels kKernels_##NAME{inverse_norm_##NAME, similarities_##NAME, gradient_##NAME};
+
+KERNELS_OF(, portable, 4)
+#if defined(__x86_64__)
+KERNELS_OF(DINOV3_EXT_AVX2, avx2, 8)
+KERNELS_OF(DINOV3_EXT_AVX512, avx512, 16)
+#endif
+
+const Kernels& kernels_here() {
+#if defined(__x86_64__)
+  if (cpu_variant() >= CpuVariant::avx512) return kKernels_avx512;
+  if (cpu_variant() >= CpuVariant::avx2) return kKernels_avx2;
+#endif
+  return kKernels_portable;
+}
+
+struct Task {
+  const Work& work;
+  const Kernels& kernels;
+  int64_t each;  // pieces of an image
+};
+
+void norms_task(int64_t begin, int64_t end, void* context) {
+  const Task& task = *static_cast<const Task*>(context);
+  const int64_t patches = task.work.plan.patches;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t image = i / (2 * patches), row = i % patches;
+    const bool teacher = i / patches % 2;
+    const GramFeatures& features = teacher ? task.work.args.teacher : task.work.args.student;
+    task.work.inverse_norms(image, teacher)[row] =
+        task.kernels.inverse_norm(features, task.work.first_image + image, row, task.work.plan.width);
+  }
+}
+
+void similarities_tasks(int64_t begin, int64_t end, void* context) {
+  const Task& task = *static_cast<const Task*>(context);
+  for (int64_t i = begin; i < end; ++i) {
+    task.kernels.similarities(task.work, i / task.each, task.work.first + i % task.each);
+  }
+}
+
+// A row's own share of t: the parts of all blocks to the right, in order.
+void join_along(const Work& work) {
+  for (int64_t image = 0; image < work.images; ++image) {
+    float* along = work.along(image);
+    for (int64_t row = work.first * kBlock; row < std::min(work.last * kBlock, work.plan.patches); ++row) {
+      for (int64_t column = row / kBlock; column < work.plan.blocks; ++column) {
+        along[row] += work.along_parts(image, column)[row - work.first * kBlock];
+      }
+    }
+  }
+}
+
+void gradient_tasks(int64_t begin, int64_t end, void* context) {
+  const Task& task = *static_cast<const Task*>(context);
+  const Work& work = task.work;
+  const int64_t chunks = GramPlan::divide_up(work.plan.width, kChunkColumns), groups = task.each / chunks;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t group = i % groups, column = i / groups % chunks * kChunkColumns;
+    const int64_t first = group == 0 ? work.first : work.last + (group - 1) * kGroupBlocks;
+    const int64_t last = group == 0 ? work.last : std::min(first + kGroupBlocks, work.plan.blocks);
+    task.kernels.gradient(work, i / task.each, first, last, column);
+  }
+}
+
+}  // namespace
+
+int64_t gram_loss_workspace_cpu(const GramLoss& args) { return GramPlan(args).total; }
+
+void gram_loss_cpu(const GramLoss& args, ParallelFor parallel_for) {
+  const GramPlan plan(args);
+  const Kernels& kernels = kernels_here();
+  const uintptr_t address = reinterpret_cast<uintptr_t>(args.workspace);
+  Work work{args, plan, static_cast<char*>(args.workspace) + (64 - address % 64) % 64, 0, 0, 0, 0, 0};
+  double loss = 0;
+  for (; work.first_image < plan.images; work.first_image += plan.chunk) {
+    work.images = std::min(plan.chunk, plan.images - work.first_image);
+    Task task{work, kernels, 2 * plan.patches};
+    parallel_for(0, work.images * task.each, norms_task, &task);
+    for (work.strip = 0; work.strip < plan.strips(); ++work.strip) {
+      work.first = work.strip * plan.strip_blocks;
+      work.last = std::min(work.first + plan.strip_blocks, plan.blocks);
+      task.each = plan.blocks - work.first;
+      parallel_for(0, work.images * task.each, similarities_tasks, &task);
+      if (!plan.gradient) continue;
+      join_along(work);
+      task.each = GramPlan::divide_up(plan.width, kChunkColumns) *
+                  (1 + GramPlan::divide_up(plan.blocks - work.last, kGroupBlocks));
+      parallel_for(0, work.images * task.each, gradient_tasks, &task);
+    }
+    for (int64_t i = 0; i < work.images * plan.blocks; ++i) loss += work.loss(0, 0)[i];
+  }
+  *args.loss = float(loss / (double(plan.images) * plan.patches * plan.patches));
+}
+
+}  // namespace dinov3_ext
