@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from dinov3_ext import _library
 from dinov3_ext._paths import (
@@ -24,7 +25,9 @@ from dinov3_ext._paths import (
 KERNEL_WIDTHS = (64, 128)
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 ROTATE_DTYPES = (torch.float32, *KERNEL_DTYPES)
-CPU_PRODUCTS_TOKENS = 320  # the longest sequence whose scores are written out on a CPU
+CPU_WIDTH_STEP = 16  # the CPU kernels take heads whose width is a multiple of it
+CPU_TERMS = "the CPU kernels take fp32, bf16 and fp16, head widths that are multiples of 16, and AVX2 or better"
+CPU_PRODUCTS_TOKENS = 320  # the longest sequence whose scores the composition writes out on a CPU
 SEQUENCE_COLUMNS = ("first token", "tokens", "prefix length", "first y-row", "first x-row", "grid width")
 
 
@@ -169,6 +172,9 @@ def rope_attention(qkv: Tensor, rope: Tensor, layout: Layout, *, scale: float) -
     if _on_gpu(qkv) and qkv.dtype in ROTATE_DTYPES:
         _library.require("rope_attention")
         return _attend_on_gpu(qkv, rope.contiguous(), layout, scale)
+    if scale > 0 and _has_cpu_kernel("rope_attention", qkv):
+        table, groups = layout.device_sequences, _flat(layout.groups)
+        return native_ops().rope_attention(qkv, rope.contiguous(), table, groups, scale)[0]
     return _attend_by_group(_rotate(qkv, rope, layout), qkv, layout.groups, scale)
 
 
@@ -203,7 +209,7 @@ def rope_rotate(qkv: Tensor, rope: Tensor, layout: Layout) -> Tensor:
     _check_inputs("rope_rotate", qkv, rope, layout)
     if reference_forced():
         return rope_rotate_reference(qkv, rope, layout)
-    if _on_gpu(qkv) and qkv.dtype in ROTATE_DTYPES:
+    if (_on_gpu(qkv) and qkv.dtype in ROTATE_DTYPES) or _has_cpu_kernel("rope_rotate", qkv):
         _library.require("rope_rotate")
         return native_ops().rope_rotate(qkv, rope.contiguous(), layout.device_sequences, _flat(layout.groups))
     return _rotate(qkv, rope, layout)
@@ -267,6 +273,27 @@ def _attend_on_gpu(qkv: Tensor, rope: Tensor, layout: Layout, scale: float) -> T
 def _flat(groups: Sequence[tuple[int, int]]) -> list[int]:
     """count0, tokens0, count1, tokens1, ...: what the registered ops take."""
     return [number for group in groups for number in group]
+
+
+# ---- CPUs ----
+
+
+def _has_cpu_kernel(op: str, qkv: Tensor) -> bool:
+    """Whether the CPU kernels serve it. In fp32, bf16 and fp16 they are faster than the composition at every length
+    measured, 54 to 1029 tokens (benchmarks/FACTS.md); the portable code is not, PyTorch's own products win there.
+
+    Raises:
+        ImportError: they would, and the native library is not built.
+    """
+    if qkv.device.type != "cpu" or qkv.dtype not in ROTATE_DTYPES or qkv.shape[3] % CPU_WIDTH_STEP:
+        return False
+    _library.require(op)
+    return _cpu_variant() != "portable"
+
+
+@torch.compiler.assume_constant_result
+def _cpu_variant() -> str:
+    return _library.module.cpu_variant()
 
 
 # ---- PyTorch operations ----
@@ -382,9 +409,11 @@ def _check_inputs(op: str, qkv: Tensor, rope: Tensor, layout: Layout) -> None:
 
 @explains("rope_attention", "T", "H", "E")
 def _explain_attention(question: Question) -> Path:
+    if question.device.type == "cpu" and (kernel := _explain_cpu_kernel("rope_attention", question)):
+        return kernel
     if question.device.type != "cuda" or question.dtype not in ROTATE_DTYPES:
         products = (
-            f"plain products up to {CPU_PRODUCTS_TOKENS} tokens, scaled_dot_product_attention beyond"
+            f"plain products up to {CPU_PRODUCTS_TOKENS} tokens, scaled_dot_product_attention beyond; {CPU_TERMS}"
             if question.device.type == "cpu"
             else "one scaled_dot_product_attention"
         )
@@ -417,9 +446,24 @@ def _explain_attention(question: Question) -> Path:
 
 @explains("rope_rotate", "T", "H", "E")
 def _explain_rotate(question: Question) -> Path:
+    if question.device.type == "cpu" and (kernel := _explain_cpu_kernel("rope_rotate", question)):
+        return kernel
     if question.device.type != "cuda" or question.dtype not in ROTATE_DTYPES:
-        return Path("rope_rotate", "composition", "PyTorch operations over all sequences at once")
+        return Path("rope_rotate", "composition", f"PyTorch operations over all sequences at once; {CPU_TERMS}")
     return _missing_cuda("rope_rotate") or Path("rope_rotate", "kernel", "own CUDA kernel, one warp a token")
+
+
+def _explain_cpu_kernel(op: str, question: Question) -> Path | None:
+    """None where the composition serves it."""
+    if question.dtype not in ROTATE_DTYPES or (question.shape and question.shape[2] % CPU_WIDTH_STEP):
+        return None
+    if _library.module is None:
+        return Path(op, "missing", _library.problem)
+    variant = _library.module.cpu_variant()
+    if variant == "portable":
+        return None
+    why = "" if question.shape else f"; {CPU_TERMS}"
+    return Path(op, "kernel", f"own CPU kernel, {variant}{why}")
 
 
 def _missing_cuda(op: str) -> Path | None:
@@ -431,6 +475,11 @@ def _missing_cuda(op: str) -> Path | None:
 
 
 # ---- fakes and backwards of the registered ops ----
+
+
+def _saveable(table: Tensor) -> Tensor:
+    """Tables outlive a step, and may have been built in inference mode, whose tensors autograd refuses to keep."""
+    return table.clone() if table.is_inference() else table
 
 
 @for_each_library
@@ -466,7 +515,7 @@ def _register(namespace: str) -> None:
 
     def keep_rotation(ctx, inputs: tuple, output: Tensor) -> None:
         _, rope, sequences, ctx.groups = inputs
-        ctx.save_for_backward(rope, sequences)
+        ctx.save_for_backward(_saveable(rope), _saveable(sequences))
 
     def turn_back(ctx, grad: Tensor) -> tuple:
         turned = ops.rope_rotate_backward(grad, *ctx.saved_tensors, ctx.groups)  # (tokens, 2, H, E)
@@ -476,7 +525,7 @@ def _register(namespace: str) -> None:
 
     def keep_attention(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         qkv, rope, sequences, ctx.groups, ctx.scale = inputs
-        ctx.save_for_backward(qkv, rope, sequences, *output)
+        ctx.save_for_backward(qkv, _saveable(rope), _saveable(sequences), *output)
         ctx.set_materialize_grads(False)
 
     def attention_backward(ctx, grad: Tensor | None, _: None) -> tuple:
@@ -487,3 +536,19 @@ def _register(namespace: str) -> None:
         return of_qkv, None, None, None, None
 
     autograd(f"{namespace}::rope_attention", attention_backward, setup_context=keep_attention)
+
+    @register_flop_formula(ops.rope_attention)
+    def _(qkv: torch.Size, rope: torch.Size, sequences: torch.Size, groups: list[int], *_, **__) -> int:
+        return _products(2, qkv, groups)
+
+    @register_flop_formula(ops.rope_attention_backward)
+    def _(
+        grad: torch.Size, qkv: torch.Size, rope: torch.Size, sequences: torch.Size, groups: list[int], *_, **__
+    ) -> int:
+        return _products(4, qkv, groups)  # the scores, made again, are a fifth that the gradient itself does not need
+
+
+def _products(number: int, qkv: torch.Size, groups: list[int]) -> int:
+    """FLOPs of `number` products of all sequences and heads, a multiplication and an addition each."""
+    scores = sum(count * tokens**2 for count, tokens in zip(groups[::2], groups[1::2]))
+    return 2 * number * scores * qkv[2] * qkv[3]
