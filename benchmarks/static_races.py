@@ -6,8 +6,9 @@
 The launch and its arguments are those that the public functions make (tests/sass/launches.py); which of the argument
 bytes are pointers is known from the tensors that were handed over, and where the kernel reads them from its PTX. The
 PTX is that of sm_120, the only portable architecture the verifier knows. Prints race_free, potential_race, unsupported
-or timeout per kernel. `--mutants` also removes each barrier and each wait of a kernel in turn, until one of these
-copies is rejected: a verifier that never says no proves nothing.
+or timeout per kernel; a kernel that branches on data is checked for one side of each such branch, and the line says so.
+`--mutants` also removes each barrier and each wait of a kernel in turn, until one of these copies is rejected: a
+verifier that never says no proves nothing.
 """
 
 import argparse
@@ -28,8 +29,9 @@ import compiled  # noqa: E402
 import launches  # noqa: E402
 
 ARCHITECTURE = 120
-LOAD = re.compile(r"ld\.param\.(?:v(\d)\.)?([bfsu])(8|16|32|64)\s+\{?[^[]*\[(\w+?)(?:\+(\d+))?\]")
-ORDERS_MEMORY = re.compile(r"^\s*(?:bar\.|barrier\.|cp\.async\.wait|bar\.warp)[^;]*;", re.MULTILINE)
+LOAD = re.compile(r"ld\.param\.(?:v(\d)\.)?([bfsu])(8|16|32|64)\s+\{?[^[]*\[(%?\w+?)(?:\+(\d+))?\]")
+FINITE = 3.4028234663852886e38
+ORDERS_MEMORY = re.compile(r"^[ \t]*(?:bar\.|barrier\.|cp\.async\.wait|bar\.warp)[^;]*;", re.MULTILINE)
 
 
 def entries(source: Path) -> dict[str, str]:
@@ -63,9 +65,15 @@ def parameter_offsets(sources: list[Path]) -> dict[tuple[str, int], int]:
 
 def reads(ptx: str) -> Iterator[tuple[str, int, str, int]]:
     """(parameter, offset, kind, bytes) of everything the entry reads of its parameters."""
-    for count, kind, bits, parameter, offset in sorted(set(LOAD.findall(ptx))):
+    bases = {}  # register -> (parameter, offset)
+    for register, base, offset in re.findall(r"(?:mov|add)\.[bsu]64\s+(%\w+), ([\w%]+)(?:, (\d+))?;", ptx):
+        if "_param_" in base or base in bases:
+            parameter, first = bases.get(base, (base, 0))
+            bases[register] = parameter, first + int(offset or 0)
+    for count, kind, bits, base, offset in sorted(set(LOAD.findall(ptx))):
+        parameter, first = bases.get(base, (base, 0))
         for index in range(int(count or 1)):
-            yield parameter, int(offset or 0) + index * int(bits) // 8, kind, int(bits) // 8
+            yield parameter, first + int(offset or 0) + index * int(bits) // 8, kind, int(bits) // 8
 
 
 def verifier_input(launch: launches.Launch, ptx: str, offsets: dict[tuple[str, int], int]) -> dict:
@@ -79,9 +87,12 @@ def verifier_input(launch: launches.Launch, ptx: str, offsets: dict[tuple[str, i
         value = int.from_bytes(data, "little")
         tensor = next((a for a, length in launch.tensors.items() if a <= value < a + max(length, 1)), None)
         if size == 8 and tensor is not None:
-            declarations.append({**where, "type": "pointer", "space": "global", "object": f"tensor_{tensor:x}"})
+            # Parts of one tensor are objects of their own here: the verifier knows no offsets. That they do not overlap
+            # is left to the emulator.
+            declarations.append({**where, "type": "pointer", "space": "global", "object": f"memory_{value:x}"})
         elif kind == "f":
             (number,) = struct.unpack("<f" if size == 4 else "<d", data)
+            number = max(-FINITE, min(FINITE, number))  # JSON has no infinity
             arguments.append({**where, "type": f"f{8 * size}", "value": number})
         else:
             arguments.append({**where, "type": f"u{8 * size}", "value": value})
@@ -94,8 +105,26 @@ def verifier_input(launch: launches.Launch, ptx: str, offsets: dict[tuple[str, i
     }
 
 
-def verdict(ptx: str, description: dict, timeout: int) -> tuple[str, str, float]:
-    """(result, first sentence of why, seconds)."""
+def verdict_with_choices(ptx: str, given: dict, timeout: int) -> tuple[str, str, float]:
+    """As `verdict`; where the kernel branches on data, one side of each such branch is chosen and written into `given`:
+    for an if the verifier's own choice, for what it does not recognise as one (the end of a search) the next line."""
+    seconds = 0.0
+    lines = ptx.splitlines()
+    while True:
+        result, why, more, line = verdict(ptx, given, timeout)
+        seconds += more
+        if result != "unsupported":
+            return result, why, seconds
+        if "assumptions" not in given:
+            given["assumptions"] = {"representative_branches": True}
+        elif line and "bra" in lines[line - 1] and len(given.setdefault("branch_decisions", [])) < 20:
+            given["branch_decisions"].append({"line": line, "taken": False})
+        else:
+            return result, f"{why} (PTX line {line})", seconds
+
+
+def verdict(ptx: str, description: dict, timeout: int) -> tuple[str, str, float, int | None]:
+    """(result, first sentence of why, seconds, line of the PTX that it is about)."""
     with tempfile.TemporaryDirectory() as folder:
         kernel, given = Path(folder, "kernel.ptx"), Path(folder, "input.json")
         kernel.write_text(ptx)
@@ -105,13 +134,15 @@ def verdict(ptx: str, description: dict, timeout: int) -> tuple[str, str, float]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout + 30)
         except subprocess.TimeoutExpired:
-            return "timeout", "", time.monotonic() - begin
+            return "timeout", "", time.monotonic() - begin, None
         seconds = time.monotonic() - begin
     try:
         answer = json.loads(done.stdout)
     except json.JSONDecodeError:
-        return "error", (done.stderr or done.stdout).strip()[-300:], seconds
-    return answer.get("result", "error"), reason(answer), seconds
+        return "error", (done.stderr or done.stdout).strip()[-300:], seconds, None
+    found = answer.get("diagnostics") or [{}]
+    line = found[0].get("details", {}).get("location", {}).get("line")
+    return answer.get("result", "error"), found[0].get("message") or reason(answer), seconds, line
 
 
 def reason(answer: dict) -> str:
@@ -159,7 +190,9 @@ def main() -> None:
             chosen.keep.mkdir(parents=True, exist_ok=True)
             (chosen.keep / f"{len(seen)}.ptx").write_text(ptx[launch.symbol])
             (chosen.keep / f"{len(seen)}.json").write_text(json.dumps(given, indent=1))
-        result, why, seconds = verdict(ptx[launch.symbol], given, chosen.timeout)
+        result, why, seconds = verdict_with_choices(ptx[launch.symbol], given, chosen.timeout)
+        if "assumptions" in given:
+            name += ", one side of each branch on data"
         shape = f"grid {'x'.join(map(str, launch.grid))}, {launch.threads} threads, {launch.shared} B"
         why = "" if result == "race_free" else why
         print(f"{result:15s} {seconds:6.1f} s  {name}  [{shape}; {launch.case}]  {why}", flush=True)
@@ -174,7 +207,7 @@ def rejects_a_mutant(ptx: str, given: dict, timeout: int) -> bool:
     tried = 0
     for removed, mutant in mutants(ptx):
         tried += 1
-        result, _, seconds = verdict(mutant, given, timeout)
+        result, _, seconds, _ = verdict(mutant, given, timeout)
         print(f"    {result:15s} {seconds:6.1f} s  without {removed}", flush=True)
         if result not in ("race_free", "unsupported", "timeout", "error"):
             return True
