@@ -114,6 +114,9 @@ __device__ __forceinline__ void load_left_transposed(uint32_t (&a)[MT][KT][4], T
 // outputs n run along the tile's rows. For operands that several products use.
 template <int NT, int Columns>
 __device__ __forceinline__ void load_right_rows(uint32_t (&b)[NT / 2][4], Tile<Columns> tile, int row, int column) {
+#if defined(DINOV3_EXT_EMULATOR)
+  if (emulator::whole_tiles()) return emulator::load_right_rows<NT>(b, tile, row, column);
+#endif
 #pragma unroll
   for (int n = 0; n < NT; n += 2) {
     load_matrices(b[n / 2], right_address_rows(tile, row + 8 * n, column, lane_index()));
@@ -123,6 +126,9 @@ __device__ __forceinline__ void load_right_rows(uint32_t (&b)[NT / 2][4], Tile<C
 // The same of the rows row .. row + 15 and the 8 NT columns from `column` on: outputs n run along the tile's columns.
 template <int NT, int Columns>
 __device__ __forceinline__ void load_right_columns(uint32_t (&b)[NT / 2][4], Tile<Columns> tile, int row, int column) {
+#if defined(DINOV3_EXT_EMULATOR)
+  if (emulator::whole_tiles()) return emulator::load_right_columns<NT>(b, tile, row, column);
+#endif
 #pragma unroll
   for (int n = 0; n < NT; n += 2) {
     load_matrices_transposed(b[n / 2], right_address_columns(tile, row, column + 8 * n, lane_index()));
@@ -133,6 +139,9 @@ __device__ __forceinline__ void load_right_columns(uint32_t (&b)[NT / 2][4], Til
 template <Element E, int NT>
 __device__ __forceinline__ void product_of_operands(float (&d)[NT][4], const uint32_t (&a)[4],
                                                     const uint32_t (&b)[NT / 2][4]) {
+#if defined(DINOV3_EXT_EMULATOR)
+  if (emulator::whole_tiles()) return emulator::product_of_operands<E>(d, a, b);
+#endif
 #pragma unroll
   for (int n = 0; n < NT; n += 2) {
     multiply_add<E>(d[n], a, b[n / 2][0], b[n / 2][1]);

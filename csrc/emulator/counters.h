@@ -10,18 +10,19 @@ namespace dinov3_ext::emulator {
 // warp instruction, added up over instructions: more than a quarter of the requested 128-byte lines says "not
 // coalesced". wavefronts: passes over the 32 banks that the warp instructions on shared memory need. *_conflicts: those
 // beyond the fewest possible for the access's width, of all instructions and of two kinds alone.
-#define DINOV3_EXT_EMULATOR_COUNTERS(X)                                                                             \
-  X(launches)                                                                                                       \
-  X(blocks)                                                                                                         \
-  X(mma)                                                                                                            \
-  X(ldmatrix)                                                                                                       \
-  X(copy_async_bytes)                                                                                               \
-  X(global_read_bytes)                                                                                              \
-  X(global_written_bytes)                                                                                           \
-  X(global_read_sectors)                                                                                            \
-  X(global_written_sectors) X(global_read_transactions) X(global_write_transactions) X(shared_read_bytes)           \
-      X(shared_written_bytes) X(wavefronts) X(bank_conflicts) X(ldmatrix_conflicts) X(copy_async_conflicts) X(exp2) \
-          X(log2) X(shuffles) X(warp_barriers) X(block_barriers)
+#define DINOV3_EXT_EMULATOR_COUNTERS(X)                                                                     \
+  X(launches)                                                                                               \
+  X(blocks)                                                                                                 \
+  X(mma)                                                                                                    \
+  X(ldmatrix)                                                                                               \
+  X(copy_async_bytes)                                                                                       \
+  X(global_read_bytes)                                                                                      \
+  X(global_written_bytes)                                                                                   \
+  X(global_read_sectors)                                                                                    \
+  X(global_written_sectors)                                                                                 \
+  X(global_read_transactions)                                                                               \
+  X(global_write_transactions) X(shared_read_bytes) X(shared_written_bytes) X(wavefronts) X(bank_conflicts) \
+      X(ldmatrix_conflicts) X(copy_async_conflicts) X(exp2) X(log2) X(shuffles) X(warp_barriers) X(block_barriers)
 
 struct Counters {
 #define DINOV3_EXT_EMULATOR_FIELD(name) int64_t name = 0;

@@ -183,7 +183,8 @@ template <Element E>
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                   const emulator::Location& at = emulator::Location::current()) {
   static_assert(E == Element::bfloat16 || E == Element::float16);
-  emulator::worker->multiply_add(E, d, a, b0, b1, at);
+  const uint32_t b[2] = {b0, b1};
+  emulator::worker->product_of_registers("multiply_add", E, 1, d, a, b, at);
 }
 
 template <int Columns>
@@ -210,15 +211,16 @@ void tile_addresses(Lane* const* lanes, uint32_t (&addresses)[Count][32], Addres
   }
 }
 
-template <bool Transposed, int MT, int KT, int Columns, class Address>
-void load_left_tile(const char* word, uint32_t (&a)[MT][KT][4], Tile<Columns> tile, int row, int column,
-                    const Location& at, Address address) {
+// Count matrix loads into r[0] .. r[Count - 1].
+template <bool Transposed, int Count, int Columns, class Address>
+void load_operands(const char* word, uint32_t (*r)[4], Tile<Columns> tile, int row, int column, const Location& at,
+                   Address address) {
   using Lane = TileLane<Columns>;
-  Lane lane{a, nullptr, tile, row, column};
+  Lane lane{r, nullptr, tile, row, column};
   worker->collective(word, lane, at, [&](Lane* const* lanes) {
-    uint32_t addresses[MT * KT][32];
-    tile_addresses(lanes, addresses, [&](const Lane& one, int t, int i) { return address(one, t, i / KT, i % KT); });
-    for (int i = 0; i < MT * KT; ++i) {
+    uint32_t addresses[Count][32];
+    tile_addresses(lanes, addresses, address);
+    for (int i = 0; i < Count; ++i) {
       uint32_t* registers[32];
       for (int t = 0; t < 32; ++t) registers[t] = static_cast<uint32_t*>(lanes[t]->d) + 4 * i;
       worker->spread_matrices(addresses[i], registers, Transposed, at);
@@ -229,18 +231,45 @@ void load_left_tile(const char* word, uint32_t (&a)[MT][KT][4], Tile<Columns> ti
 template <int MT, int KT, int Columns>
 void load_left(uint32_t (&a)[MT][KT][4], Tile<Columns> tile, int row, int column,
                const Location& at = Location::current()) {
-  load_left_tile<false>("load_left", a, tile, row, column, at, [](const TileLane<Columns>& one, int t, int m, int k) {
-    return left_address(one.tile, one.row + 16 * m, one.column + 16 * k, t);
-  });
+  load_operands<false, MT * KT>("load_left", a[0], tile, row, column, at,
+                                [](const TileLane<Columns>& one, int t, int i) {
+                                  const int m = i / KT, k = i % KT;
+                                  return left_address(one.tile, one.row + 16 * m, one.column + 16 * k, t);
+                                });
 }
 
 template <int MT, int KT, int Columns>
 void load_left_transposed(uint32_t (&a)[MT][KT][4], Tile<Columns> tile, int row, int column,
                           const Location& at = Location::current()) {
-  load_left_tile<true>("load_left_transposed", a, tile, row, column, at,
-                       [](const TileLane<Columns>& one, int t, int m, int k) {
-                         return left_address_transposed(one.tile, one.row + 16 * k, one.column + 16 * m, t);
-                       });
+  load_operands<true, MT * KT>("load_left_transposed", a[0], tile, row, column, at,
+                               [](const TileLane<Columns>& one, int t, int i) {
+                                 const int m = i / KT, k = i % KT;
+                                 return left_address_transposed(one.tile, one.row + 16 * k, one.column + 16 * m, t);
+                               });
+}
+
+template <int NT, int Columns>
+void load_right_rows(uint32_t (&b)[NT / 2][4], Tile<Columns> tile, int row, int column,
+                     const Location& at = Location::current()) {
+  load_operands<false, NT / 2>("load_right_rows", b, tile, row, column, at,
+                               [](const TileLane<Columns>& one, int t, int i) {
+                                 return right_address_rows(one.tile, one.row + 16 * i, one.column, t);
+                               });
+}
+
+template <int NT, int Columns>
+void load_right_columns(uint32_t (&b)[NT / 2][4], Tile<Columns> tile, int row, int column,
+                        const Location& at = Location::current()) {
+  load_operands<true, NT / 2>("load_right_columns", b, tile, row, column, at,
+                              [](const TileLane<Columns>& one, int t, int i) {
+                                return right_address_columns(one.tile, one.row, one.column + 16 * i, t);
+                              });
+}
+
+template <Element E, int NT>
+void product_of_operands(float (&d)[NT][4], const uint32_t (&a)[4], const uint32_t (&b)[NT / 2][4],
+                         const Location& at = Location::current()) {
+  worker->product_of_registers("product_of_operands", E, NT, d[0], a, b[0], at);
 }
 
 template <Element E, bool Transposed, int MT, int NT, int KT, int Columns, class Address>

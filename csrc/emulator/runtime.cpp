@@ -96,8 +96,13 @@ void Worker::finding(const char* kind, int by_thread, const Location& at, const 
   va_list arguments;
   va_start(arguments, format);
   length = std::min(length, int(sizeof text) - 1);
-  std::vsnprintf(text + length, sizeof text - size_t(length), format, arguments);
+  length += std::vsnprintf(text + length, sizeof text - size_t(length), format, arguments);
   va_end(arguments);
+  const Fiber& fiber = fibers[by_thread];
+  if (fiber.passed && length < int(sizeof text)) {
+    std::snprintf(text + length, sizeof text - size_t(length), "; its last barrier or wait: %s at %s:%u", fiber.passed,
+                  site_file(fiber.passed_where), unsigned(fiber.passed_where.line()));
+  }
   report.assign(text);
   failed = true;
   switch_context(fibers[thread].context, main_, /*last=*/true);
@@ -243,6 +248,7 @@ void Worker::release(Warp& warp) {
 }
 
 bool Worker::mutated(const char* word, const Location& at) {
+  fibers[thread].passed = word, fibers[thread].passed_where = at;
   Site site{word, at};
   const auto found = std::find(sites.begin(), sites.end(), site);
   if (found == sites.end()) {
@@ -401,7 +407,7 @@ void Worker::run_block(const Launch& what, int64_t index) {
   for (int w = 0; w < threads / 32; ++w) warps[w].runnable = ~0u, runnable_warps_ |= 1u << w;
   for (int t = 0; t < threads; ++t) {
     Fiber& fiber = fibers[t];
-    fiber.waits_for = nullptr, fiber.committed = 0, fiber.first_copy = 0;
+    fiber.waits_for = fiber.passed = nullptr, fiber.committed = 0, fiber.first_copy = 0;
     fiber.copies.clear(), fiber.accesses.clear();
     // Tops of stacks 4 KiB apart would share the same lines of the cache.
     prepare(fiber.context, stacks_[t], kStackBytes - size_t(t % 64) * 64, fiber_main);

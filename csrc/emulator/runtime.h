@@ -73,6 +73,8 @@ struct Fiber {
   std::vector<Access> accesses;
   const char* waits_for = nullptr;
   Location where;
+  const char* passed = nullptr;  // the last barrier or wait
+  Location passed_where;
   int64_t committed = 0;  // groups of asynchronous copies
   struct Copy {
     uint32_t to;
@@ -135,8 +137,9 @@ struct Worker {
                    uint8_t(bytes), kind});
   }
   void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed, const Location& at);
-  void multiply_add(Element element, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                    const Location& at);
+  // d: [tiles][4]; a: [4]; b: [tiles][2]
+  void product_of_registers(const char* word, Element element, int tiles, float* d, const uint32_t* a,
+                            const uint32_t* b, const Location& at);
   // r[lane]: where its four registers go
   void spread_matrices(const uint32_t (&address)[32], uint32_t* const (&r)[32], bool transposed, const Location& at);
   // d[lane]: [left_tiles][right_tiles][4]; a[lane]: [left_tiles][depth][4]; addresses: [depth][right_tiles / 2][lane]

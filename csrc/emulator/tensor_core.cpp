@@ -221,30 +221,33 @@ void Worker::load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed, 
   });
 }
 
-void Worker::multiply_add(Element element, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                          const Location& at) {
+void Worker::product_of_registers(const char* word, Element element, int tiles, float* d, const uint32_t* a,
+                                  const uint32_t* b, const Location& at) {
   struct Lane {
     float* d;
     const uint32_t* a;
-    uint32_t b[2];
-  } lane{d, a, {b0, b1}};
-  collective("multiply_add", lane, at, [&](Lane* const* lanes) {
-    ++counters.mma;
+    const uint32_t* b;
+  } lane{d, a, b};
+  collective(word, lane, at, [&](Lane* const* lanes) {
+    counters.mma += tiles;
     auto run = [&]<Element E>() {
       const uint32_t* left_registers[32];
       float* sums_registers[32];
-      float left[16 * 16], right[16 * 8], sums[8 * 16];
+      float left[16 * 16];
+      right_.resize(size_t(tiles * 8 * 16)), sums_.resize(size_t(tiles * 8 * 16));
       for (int t = 0; t < 32; ++t) {
         left_registers[t] = lanes[t]->a, sums_registers[t] = lanes[t]->d;
-        for (int q = 0; q < 2; ++q) {  // right[n][k]
-          float* to = right + (t / 4) * 16 + 2 * (t % 4) + 8 * q;
-          widen_two<E>(lanes[t]->b[q], to, to + 1);
+        for (int n = 0; n < tiles; ++n) {
+          for (int q = 0; q < 2; ++q) {  // right[output][k]
+            float* to = right_.data() + (8 * n + t / 4) * 16 + 2 * (t % 4) + 8 * q;
+            widen_two<E>(lanes[t]->b[2 * n + q], to, to + 1);
+          }
         }
       }
       gather_left<E>(left, left_registers, 1, 1);
-      move_sums<false>(sums, sums_registers, 1, 1);
-      accumulate(sums, left, right, 8, 16, 16, 16, 1);
-      move_sums<true>(sums, sums_registers, 1, 1);
+      move_sums<false>(sums_.data(), sums_registers, 1, tiles);
+      accumulate(sums_.data(), left, right_.data(), 8 * tiles, 16, 16, 16, 1);
+      move_sums<true>(sums_.data(), sums_registers, 1, tiles);
     };
     element == Element::bfloat16 ? run.template operator()<Element::bfloat16>()
                                  : run.template operator()<Element::float16>();
