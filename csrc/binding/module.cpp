@@ -4,6 +4,7 @@
 #include "core/cpu_variant.h"
 #include "core/cuda_status.h"
 #include "ops/gram_loss/gram_loss_plan.h"
+#include "ops/rope_attention/rope_attention_backward_plan.h"
 #include "ops/rope_attention/rope_attention_plan.h"
 
 namespace py = pybind11;
@@ -71,6 +72,17 @@ py::dict rope_attention_plan(const std::string& dtype, int head_width, int token
   return answer;
 }
 
+py::dict rope_attention_backward_plan(int head_width, int tokens, int architecture) {
+  const dinov3_ext::BackwardTiling tiling = dinov3_ext::backward_tiling(head_width, tokens, architecture);
+  py::dict answer;
+  answer["path"] = tiling.resident ? "resident" : "streaming";
+  answer["rows"] = tiling.rows;
+  answer["step"] = tiling.step;
+  answer["warps"] = tiling.warps;
+  answer["shared_bytes"] = tiling.shared_bytes;
+  return answer;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -88,4 +100,9 @@ PYBIND11_MODULE(_C, m) {
       py::arg("architecture"),
       "What rope_attention does on a GPU with sequences of `tokens` alone: path (resident, streaming, composed), rows, "
       "warps and shared_bytes of a block, (sequence, head) pairs in one.");
+  m.def(
+      "rope_attention_backward_plan", &rope_attention_backward_plan, py::arg("head_width"), py::arg("tokens"),
+      py::arg("architecture"),
+      "Kernels of its backward for E = 64 or 128: path (resident, streaming), rows, warps and shared_bytes of a block, "
+      "keys or queries of one step.");
 }

@@ -441,7 +441,9 @@ def _explain_attention(question: Question) -> Path:
         reason = f"keys and values of {plan['pairs']} (sequence, head) pairs resident in a block, {memory}"
     else:
         reason = f"rotated first, then keys and values streaming past {plan['rows']} queries, {memory}"
-    return Path("rope_attention", "kernel", f"own CUDA kernel: {reason}")
+    back = _library.module.rope_attention_backward_plan(width, tokens, question.architecture)
+    memory = f"{back['warps']} warps and {back['shared_bytes'] / 1024:.0f} KB a block"
+    return Path("rope_attention", "kernel", f"own CUDA kernel: {reason}; backward {back['path']}, {memory}")
 
 
 @explains("rope_rotate", "T", "H", "E")

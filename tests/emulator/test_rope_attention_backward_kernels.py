@@ -11,7 +11,7 @@ from accuracy import assert_accurate
 from torch import Tensor
 
 import dinov3_ext
-from dinov3_ext import Layout, rope_attention, rope_attention_reference, rope_rotate_reference
+from dinov3_ext import Layout, _library, rope_attention, rope_attention_reference, rope_rotate_reference
 
 HALVES = (torch.bfloat16, torch.float16)
 LOG2_E = 1.4426950408889634
@@ -336,6 +336,37 @@ def test_traffic_of_long_sequences(emulator: ModuleType, tokens: int, width: int
     assert 32 <= per_element <= 1.01 * 32 + sums + tables
     for name, count in counts.items():
         assert count["bank_conflicts"] == 0, name
+
+
+# ---- the choice of tiles ----
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("architecture", "room"), [(80, 163), (90, 227), (120, 99)])
+def test_tiles_fit_where_they_are_chosen(width: int, architecture: int, room: int) -> None:
+    plans = [_library.module.rope_attention_backward_plan(width, tokens, architecture) for tokens in range(1, 2400)]
+    for tokens, plan in enumerate(plans, 1):
+        tiles = -(-tokens // 16)
+        assert plan["shared_bytes"] <= room * 1024
+        assert plan["rows"] % 16 == 0
+        if plan["path"] == "resident":
+            assert plan["rows"] == 16 * tiles
+            assert plan["warps"] == (tiles if tiles <= 9 else 9 if tiles > 17 or (tiles == 17 and width == 64) else 8)
+        else:
+            blocks = -(-tokens // plan["rows"])
+            assert blocks == -(-16 * tiles // 128)  # no more than full blocks would be, and of equal size
+            assert blocks * plan["rows"] - 16 * tiles < 32 * blocks
+    longest = max(tokens for tokens, plan in enumerate(plans, 1) if plan["path"] == "resident")
+    assert longest == {64: 288, 128: {80: 256, 90: 272, 120: 160}[architecture]}[width]
+    assert [plan["path"] == "resident" for plan in plans] == [tokens <= longest for tokens in range(1, 2400)]
+
+
+def test_the_choice_is_explained() -> None:
+    asked = {"device": "cuda", "dtype": torch.bfloat16, "architecture": "sm_90"}
+    if _library.build_info()["cuda"] is None:
+        pytest.skip("built without nvcc")
+    assert "backward resident, 8 warps" in dinov3_ext.explain("rope_attention", shape=(261, 16, 128), **asked).reason
+    assert "backward streaming" in dinov3_ext.explain("rope_attention", shape=(330, 16, 64), **asked).reason
 
 
 # ---- the public function ----
