@@ -155,8 +155,6 @@ def test_offsets_past_two_to_the_31(emulator: ModuleType) -> None:
     """Rows 2^31 elements apart, in memory that is reserved and not touched between them."""
     qkv, rope, layout = problem([(1, 1, 3)], prefix=0, heads=1)
     apart = 2**31 + 64
-    storage = torch.from_file("/dev/zero", shared=False, size=0, dtype=torch.bfloat16)
-    del storage
     reserved = torch.empty(2 * apart + 3 * 64, dtype=qkv.dtype)
     far = reserved.as_strided(qkv.shape, (apart, 64, 64, 1))
     far.copy_(qkv)
@@ -394,7 +392,7 @@ def test_the_plan_fits_every_architecture() -> None:
                 if composed:
                     continue
                 assert plan["shared_bytes"] <= limit * 1024
-                assert 1 <= plan["warps"] <= 12
+                assert 1 <= plan["warps"] <= 20
                 if plan["path"] == "resident":
                     assert plan["rows"] >= max(tokens, 128)
                     assert plan["pairs"] == plan["rows"] // (-(-tokens // 16) * 16)

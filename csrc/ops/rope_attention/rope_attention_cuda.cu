@@ -78,7 +78,12 @@ int attend_with(const RopeAttention& args, void* stream) {
                      resident_plan(Width, longest, group.tokens, architecture).pairs);
   });
   const Shape shape{.x = blocks, .threads = 32 * plan.warps, .shared_bytes = plan.shared_bytes};
-  return launch<resident_forward<E, Width>>(shape, stream, shorter, shares);
+  if constexpr (Width == 64) {
+    if (resident_query_rows(Width, architecture) == 32) {
+      return launch<resident_forward<E, Width, 2>>(shape, stream, shorter, shares);
+    }
+  }
+  return launch<resident_forward<E, Width, 1>>(shape, stream, shorter, shares);
 }
 
 }  // namespace

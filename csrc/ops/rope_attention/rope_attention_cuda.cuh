@@ -4,9 +4,9 @@
 // once: 8 bytes per element and the row sums. Sequences are padded to 16 rows and no further (54, 201 and 261 tokens
 // become 64, 208 and 272). A block has room for `rows` rows, as many as the longest sequence of the launch needs; it
 // takes several (sequence, head) pairs of a shorter group, so that one launch serves mixed lengths. Keys are rotated
-// once, in place, by the thread that copied them; queries in registers. Warps take 32 (E = 128: 16) rows of queries at
-// a time: with 16 at E = 64, keys and values (272 rows: 17 times 70 KB) would cross shared memory for as long as the
-// 139 KB of the pair take from DRAM (sm_90: 9 k clocks either), with 32 half of that.
+// once, in place, by the thread that copied them; queries in registers. On sm_80, 90 and 100 warps take 32 rows of
+// queries at a time (E = 64): with 16, keys and values (272 rows: 17 times 70 KB) would cross shared memory for as long
+// as the 139 KB of the pair take from DRAM (sm_90: 9 thousand clocks either), with 32 half of that.
 //
 // streaming_forward: any length, queries and keys rotated before (rope_rotate): 64 keys and values at a time, double
 // buffered, 128 queries to a block.
@@ -339,19 +339,20 @@ __device__ __forceinline__ bool half_unit(const Share& share, int unit) {
   return share.tokens - unit % share.units * 32 <= 16;
 }
 
-template <Element E, int Width>
-__global__ void __launch_bounds__(32 * kAttentionWarps) resident_forward(RopeAttention args, ResidentShares shares) {
-  constexpr int kMT = kQueryRows<Width> / 16;
+// MT: 16-row tiles of a unit of queries.
+template <Element E, int Width, int MT>
+__global__ void __launch_bounds__(32 * resident_warps(Width, 16 * MT))
+    resident_forward(RopeAttention args, ResidentShares shares) {
   const Tile<Width> keys{shared_base()}, values{shared_base() + uint32_t(shares.rows * 2 * Width)};
   const uint32_t shared_share = shared_base() + uint32_t(shares.rows * 4 * Width);
-  uint32_t query[kMT][Width / 16][4];
-  int unit = warp_index(), units;
+  uint32_t query[MT][Width / 16][4];
+  int unit = shuffle(warp_index(), 0), units;  // so that the compiler, too, knows them to be the same for all lanes
   {
-    const Share share = share_of(args.packed, shares, kQueryRows<Width>);
+    const Share share = share_of(args.packed, shares, 16 * MT);
     units = share.pairs * share.units;
     copy_part(keys, args, share, shares.warps, 1);
     copy_part(values, args, share, shares.warps, 2);
-    if (unit < units) load_queries<E, kMT, Width>(query, args, share, unit);  // while keys and values are on their way
+    if (unit < units) load_queries<E, MT, Width>(query, args, share, unit);  // while keys and values are on their way
     copy_async_wait<1>();
     rotate_keys<E>(keys, args.packed, share, shares.warps);
     if (thread_index() == 0) store_share(shared_share, share);
@@ -359,13 +360,13 @@ __global__ void __launch_bounds__(32 * kAttentionWarps) resident_forward(RopeAtt
     block_barrier();
   }
   while (unit < units) {
-    if (kMT == 2 && half_unit(load_share(shared_share), unit)) {
+    if (MT == 2 && half_unit(load_share(shared_share), unit)) {
       attend_unit<E, 1>(query, keys, values, args, shared_share, unit);
     } else {
-      attend_unit<E, kMT>(query, keys, values, args, shared_share, unit);
+      attend_unit<E, MT>(query, keys, values, args, shared_share, unit);
     }
     unit += shares.warps;
-    if (unit < units) load_queries<E, kMT, Width>(query, args, load_share(shared_share), unit);
+    if (unit < units) load_queries<E, MT, Width>(query, args, load_share(shared_share), unit);
   }
 }
 
@@ -374,9 +375,9 @@ __global__ void __launch_bounds__(32 * kAttentionWarps) resident_forward(RopeAtt
 
 // A block: kStreamingQueries queries of one (sequence, head) pair, its neighbours the other queries of the same pair.
 template <Element E, int Width>
-__global__ void __launch_bounds__(32 * kStreamingQueries / kQueryRows<Width>)
+__global__ void __launch_bounds__(32 * kStreamingQueries / kStreamingRows<Width>)
     streaming_forward(RopeAttention args, GroupBlocks blocks) {
-  constexpr int kThreads = 32 * kStreamingQueries / kQueryRows<Width>, kMT = kQueryRows<Width> / 16;
+  constexpr int kThreads = 32 * kStreamingQueries / kStreamingRows<Width>, kMT = kStreamingRows<Width> / 16;
   constexpr uint32_t kTile = kStreamingKeys * 2 * Width;  // bytes
   const RopePacked& packed = args.packed;
   const GroupBlock at = group_of(packed, blocks);

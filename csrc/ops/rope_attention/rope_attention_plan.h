@@ -12,7 +12,7 @@ enum class AttentionPath : int {
   composed,   // rope_rotate, then PyTorch's attention: Python's part
 };
 
-inline constexpr int kAttentionWarps = 12;     // at most, of a processor: 168 registers a thread
+inline constexpr int kResidentBlocks = 3;      // at most, of a processor
 inline constexpr int kResidentRows = 128;      // at least, of a block: two local crops of 54 tokens
 inline constexpr int kShareBytes = 48;         // of a block, beside keys and values
 inline constexpr int kStreamingKeys = 64;      // of one tile
@@ -26,13 +26,22 @@ struct AttentionPlan {
   int pairs;         // resident: (sequence, head) pairs of this length in one block; streaming: 1
 };
 
-// Rows of queries that a warp takes at a time: 32 halve the trips of keys and values through shared memory, which at 16
-// rows would be as busy as the tensor cores of sm_80 and sm_90; head width 128 leaves registers for 16.
+// Rows of queries that a warp of the streaming kernel takes; head width 128 leaves registers for 16.
 template <int Width>
-inline constexpr int kQueryRows = Width == 64 ? 32 : 16;
+inline constexpr int kStreamingRows = Width == 64 ? 32 : 16;
+
+// Rows of queries that a warp of the resident kernel takes at a time. 32 halve the trips of keys and values through
+// shared memory, which at 16 rows would be as busy as the tensor cores of sm_80 and sm_90. Consumer GPUs, whose tensor
+// cores take four times as long, have room for one block only at 201 to 261 tokens: more warps count for more there
+// (and 32 rows would spill on sm_120).
+inline int resident_query_rows(int head_width, int architecture) {
+  return head_width == 64 && shared_bytes_per_block(architecture) > 100 * 1024 ? 32 : 16;
+}
+
+// Warps of the resident kernel on a processor: at 168 registers a thread, or at 96.
+constexpr int resident_warps(int head_width, int query_rows) { return head_width == 64 && query_rows == 16 ? 20 : 12; }
 
 inline int round_to_16(int tokens) { return (tokens + 15) / 16 * 16; }
-inline int query_rows(int head_width) { return head_width == 64 ? kQueryRows<64> : kQueryRows<128>; }
 
 constexpr bool attention_has_kernel(Element element, int head_width) {
   return element != Element::float32 && (head_width == 64 || head_width == 128);
@@ -47,17 +56,23 @@ inline int resident_limit(int head_width, int architecture) {
 inline AttentionPlan resident_plan(int head_width, int longest, int tokens, int architecture) {
   const int wanted = round_to_16(longest), rows = wanted < kResidentRows ? kResidentRows : wanted;
   const int bytes = 4 * head_width * rows + kShareBytes;
+  const int step = resident_query_rows(head_width, architecture);
+  const int units = rows / wanted * ((wanted + step - 1) / step);
   const int room = shared_bytes_per_processor(architecture) / (bytes + 1024);
-  const int blocks = room < 1 ? 1 : room > 3 ? 3 : room;  // on a processor; they share its kAttentionWarps
-  // No more warps than the longest sequences have work for in as many rounds.
-  const int step = query_rows(head_width);
-  const int units = rows / wanted * ((wanted + step - 1) / step), most = kAttentionWarps / blocks;
-  const int rounds = (units + most - 1) / most, warps = (units + rounds - 1) / rounds;
+  // Blocks of a processor share its warps; no more warps than there is work for in as many rounds. Of the numbers of
+  // blocks the one that keeps most warps busy, in doubt more blocks: one loads while another computes.
+  int warps = 1, best_blocks = 0, best_rounds = 1;
+  for (int blocks = 1; blocks == 1 || (blocks <= room && blocks <= kResidentBlocks); ++blocks) {
+    const int most = resident_warps(head_width, step) / blocks, rounds = (units + most - 1) / most;
+    if (blocks * best_rounds < best_blocks * rounds) continue;
+    best_blocks = blocks, best_rounds = rounds, warps = (units + rounds - 1) / rounds;
+  }
   return {AttentionPath::resident, rows, warps, bytes, rows / round_to_16(tokens)};
 }
 
 inline AttentionPlan streaming_plan(int head_width) {
-  return {AttentionPath::streaming, kStreamingQueries, kStreamingQueries / query_rows(head_width),
+  return {AttentionPath::streaming, kStreamingQueries,
+          kStreamingQueries / (head_width == 64 ? kStreamingRows<64> : kStreamingRows<128>),
           2 * 2 * kStreamingKeys * 2 * head_width, 1};
 }
 
