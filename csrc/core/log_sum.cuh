@@ -8,8 +8,8 @@ namespace dinov3_ext {
 // Of numbers x: sum of 2^(scale x), as `sum` times 2^(scale maximum). Every call on one object takes the same scale >
 // 0. A NaN or an infinite x makes the sum NaN; x = -inf adds nothing.
 struct LogSum {
-  // Where the maximum begins: below every number met in practice, and its product with a scale still finite, so that
-  // x = -inf adds 2^-inf = 0 and never inf - inf.
+  // Where the maximum begins: below every number met in practice, and finite, so that x = -inf adds 2^-inf = 0 and
+  // never inf - inf.
   static constexpr float kLowest = -1e30f;
 
   float maximum = kLowest;
@@ -23,11 +23,11 @@ struct LogSum {
     float highest = maximum;
 #pragma unroll
     for (int i = 0; i < N; ++i) highest = fmaxf(highest, x[i]);
-    const float shift = highest * scale;
     float added = 0.f;
+    // The difference first: it is exact near the maximum, where it matters.
 #pragma unroll
-    for (int i = 0; i < N; ++i) added += exp2_approx(fmaf(x[i], scale, -shift));
-    sum = fmaf(sum, exp2_approx(fmaf(maximum, scale, -shift)), added);
+    for (int i = 0; i < N; ++i) added += exp2_approx((x[i] - highest) * scale);
+    sum = fmaf(sum, exp2_approx((maximum - highest) * scale), added);
     maximum = highest;
   }
 

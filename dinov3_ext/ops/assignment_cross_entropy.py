@@ -271,7 +271,7 @@ def _register(namespace: str) -> None:
         crops, images = student.shape[:2]
         return (
             student.new_empty((crops, teacher.shape[0]), dtype=torch.float32),
-            student.new_empty((crops, images), dtype=torch.float32),
+            student.new_empty((crops, images), dtype=torch.float64),
         )
 
     @torch.library.register_fake(f"{op}_backward")

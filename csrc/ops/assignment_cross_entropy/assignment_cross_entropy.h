@@ -4,7 +4,7 @@
 // With s[c, b, k] = student[c, b, k] / student_temperature, natural-log potentials rows[a B + b], columns[k] and
 // p[a, b, k] = exp(teacher[a, b, k] / teacher_temperature + rows[a B + b] + columns[k]):
 //   forward:   log_sums[c, b] = log sum_k exp(s[c, b, k])
-//              losses[c, a] = sum_b weight[b] (log_sums[c, b] - sum_k p[a, b, k] s[c, b, k])
+//              losses[c, a] = sum_b weight[b] sum_k p[a, b, k] (log_sums[c, b] - s[c, b, k])
 //   backward:  gradient[c, b, k] = weight[b] / student_temperature
 //                                  * sum_a grad[c, a] (exp(s[c, b, k] - log_sums[c, b]) - p[a, b, k])
 // Products with the potentials stay in logarithms until their sum is taken, so that large logits stay finite. A teacher
@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "core/element.h"
+#include "core/inverse.h"
 #include "core/parallel.h"
 
 namespace dinov3_ext {
@@ -40,19 +41,26 @@ struct AssignmentProblem {
   float student_scale;   // log2(e) / student_temperature
   float teacher_scale;   // log2(e) / teacher_temperature
   double teacher_temperature;
+  // 1 / temperature. Potentials and a row's logarithm are large where logits are, and close to the negative score: sums
+  // of the two taken in natural logarithms and multiplied by log2(e) at the end lose half of what sums in units of log2
+  // do, whose terms are rounded twice.
+  Inverse student_inverse;
+  Inverse teacher_inverse;
 };
 
 struct AssignmentCrossEntropy {
   AssignmentProblem problem;
   float* workspace;  // assignment_cross_entropy_workspace_cuda() floats; CUDA only, null on the CPU
   float* losses;     // out (C, A)
-  float* log_sums;   // out (C, B), natural logarithms
+  double* log_sums;  // out (C, B), natural logarithms
 };
 
 struct AssignmentCrossEntropyBackward {
   AssignmentProblem problem;
-  const float* log_sums;  // (C, B)
-  const float* grad;      // (C, A), of the losses
+  // (C, B). Double, because the difference to the score of a likely prototype is small: in fp32 its rounding alone
+  // would lose as much as all of PyTorch's log_softmax.
+  const double* log_sums;
+  const float* grad;  // (C, A), of the losses
   // out (C, B, K), type and layout rules of the student's logits; may be the student's own storage with its own
   // strides: every element is read before it is written, by the thread that writes it.
   void* gradient;

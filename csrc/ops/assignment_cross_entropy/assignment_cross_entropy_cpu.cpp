@@ -390,7 +390,7 @@ void assignment_cross_entropy_cpu(const AssignmentCrossEntropy& args, ParallelFo
                                  p.data());
           }
           const double logarithm = std::log2(shares[c].sum);
-          task.args.log_sums[c * problem.images + image] = float((task.shifts[i] + logarithm) * M_LN2);
+          task.args.log_sums[c * problem.images + image] = (task.shifts[i] + logarithm) * M_LN2;
           for (int64_t v = 0; v < views; ++v) {
             const double rest = Assignments(problem, v, image).rest;
             shares[c].dots[v] = (logarithm * shares[c].masses[v] - shares[c].dots[v]) * rest * M_LN2;

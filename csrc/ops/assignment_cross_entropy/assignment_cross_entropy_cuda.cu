@@ -64,7 +64,7 @@ int with_width(const AssignmentProblem& problem, Aligned also_aligned, Launch la
 
 int64_t assignment_cross_entropy_workspace_cuda(int64_t crops, int64_t views, int64_t images, int64_t prototypes) {
   const int64_t ranges = forward_ranges(crops, views, images, prototypes).ranges;
-  return crops * images * (ranges * (2 + views) + views);
+  return images * (ranges * (crops * (2 + views) + views) + crops * views);
 }
 
 int assignment_cross_entropy_cuda(const AssignmentCrossEntropy& args, void* stream) {
@@ -75,7 +75,8 @@ int assignment_cross_entropy_cuda(const AssignmentCrossEntropy& args, void* stre
   const int64_t blocks = image_tiles(crops, views, images) * work.ranges * work.crop_tiles * work.view_tiles;
   int status = with_width(problem, anything, [&]<Element E, int N>() {
     auto run = [&]<int Images, int Crops, int Views>() {
-      const Shape shape{.x = blocks, .threads = kThreads, .shared_bytes = Images * Crops * (2 + Views) * kWarps * 4};
+      const Shape shape{
+          .x = blocks, .threads = kThreads, .shared_bytes = Images * (Crops * (2 + Views) + Views) * kWarps * 4};
       return launch<cross_entropy::forward_partial<E, N, Images, Crops, Views>>(shape, stream, args, work);
     };
     return crops == 1 && views == 1 ? run.template operator()<kImages, 1, 1>()
@@ -101,7 +102,7 @@ int assignment_cross_entropy_backward_cuda(const AssignmentCrossEntropyBackward&
   return with_width(problem, gradient_aligned, [&]<Element E, int N>() {
     auto run = [&]<int Images, int Crops, int Views>() {
       const Shape shape{
-          .x = tiles * work.ranges, .threads = kThreads, .shared_bytes = int(Images * crops * (2 + views) * 4)};
+          .x = tiles * work.ranges, .threads = kThreads, .shared_bytes = int(Images * crops * (3 + views) * 4)};
       return launch<cross_entropy::backward<E, N, Images, Crops, Views>>(shape, stream, args, work);
     };
     if (views < 1 || views > kViews) return run.template operator()<1, 1, 0>();

@@ -16,6 +16,7 @@
 
 #include "core/block_reduce.cuh"
 #include "core/element.cuh"
+#include "core/inverse.cuh"
 #include "core/log_sum.cuh"
 #include "core/primitives.cuh"
 #include "ops/assignment_cross_entropy/assignment_cross_entropy.h"
@@ -25,7 +26,6 @@ namespace dinov3_ext {
 namespace cross_entropy {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
-inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kImages = 4;             // of a block where C = A = 1
@@ -38,24 +38,31 @@ struct Ranges {
   int64_t view_tiles;
 };
 
-// Where the forward kernel's blocks leave their results: per range maxima (C, B) of the logits, sums (C, B) relative to
-// them, dots (C, A, B) of p and logits; behind all ranges the weighted losses of single rows (C, A, B).
+// Where the forward kernel's blocks leave their results: per range maxima (C, B) of the student's logits, sums (C, B)
+// relative to them, dots (C, A, B) of p and the logits less the maximum, masses (A, B) of p; behind all ranges the
+// weighted losses of single rows (C, A, B).
 struct Workspace {
   float* data;
   int64_t crops, views, images, ranges;
 
-  __device__ __forceinline__ int64_t range(int64_t range) const { return range * crops * images * (2 + views); }
-  __device__ __forceinline__ float* maximum(int64_t r, int64_t crop, int64_t image) const {
-    return data + range(r) + crop * images + image;
+  // Vector `index` of a range, one number for each image.
+  __device__ __forceinline__ float* vector(int64_t range, int64_t index, int64_t image) const {
+    return data + (range * (2 * crops + crops * views + views) + index) * images + image;
   }
-  __device__ __forceinline__ float* sum(int64_t r, int64_t crop, int64_t image) const {
-    return data + range(r) + (crops + crop) * images + image;
+  __device__ __forceinline__ float* maximum(int64_t range, int64_t crop, int64_t image) const {
+    return vector(range, crop, image);
   }
-  __device__ __forceinline__ float* dot(int64_t r, int64_t crop, int64_t view, int64_t image) const {
-    return data + range(r) + (2 * crops + crop * views + view) * images + image;
+  __device__ __forceinline__ float* sum(int64_t range, int64_t crop, int64_t image) const {
+    return vector(range, crops + crop, image);
+  }
+  __device__ __forceinline__ float* dot(int64_t range, int64_t crop, int64_t view, int64_t image) const {
+    return vector(range, 2 * crops + crop * views + view, image);
+  }
+  __device__ __forceinline__ float* mass(int64_t range, int64_t view, int64_t image) const {
+    return vector(range, 2 * crops + crops * views + view, image);
   }
   __device__ __forceinline__ float* loss(int64_t crop, int64_t view, int64_t image) const {
-    return data + range(ranges) + (crop * views + view) * images + image;
+    return vector(ranges, crop * views + view, image);
   }
 };
 
@@ -74,18 +81,50 @@ __device__ __forceinline__ float weight_of(const AssignmentProblem& problem, int
   return problem.weight ? load_global(problem.weight + image) : 1.f / float(problem.images);
 }
 
-// p of N columns. column: natural logarithms; row: units of log2.
+// p of N columns.
 template <Element E, int N>
 __device__ __forceinline__ void probabilities(const typename Packed<E, N>::Type& logits, const float (&column)[N],
-                                              float row, float scale, float (&p)[N]) {
+                                              float row, const Inverse& temperature, float (&p)[N]) {
   float x[N];
   widen_packed<E, N>(logits, x);
 #pragma unroll
-  for (int i = 0; i < N; ++i) p[i] = exp2_approx(fmaf(x[i], scale, column[i] * kLog2E) + row);
+  for (int i = 0; i < N; ++i) p[i] = exp2_approx((divide_add(x[i], temperature, column[i]) + row) * kLog2E);
 }
 
+// One student row against Views rows of p. Each dot is a sum of p (x - maximum), never of p x: the loss, some
+// mass log(sum) - dot / temperature, is then a sum of small numbers, whatever is added to all logits of a row.
+template <int Views>
+struct RowState {
+  LogSum log_sum;
+  float dot[Views] = {};
+
+  // mass: sums of p before these N columns.
+  template <int N>
+  __device__ __forceinline__ void add(const float (&x)[N], const float (&p)[Views][N], const float (&mass)[Views],
+                                      float scale) {
+    const float before = log_sum.maximum;
+    log_sum.add(x, scale);
+#pragma unroll
+    for (int a = 0; a < Views; ++a) {
+      dot[a] = fmaf(mass[a], before - log_sum.maximum, dot[a]);
+#pragma unroll
+      for (int i = 0; i < N; ++i) dot[a] = fmaf(p[a][i], x[i] - log_sum.maximum, dot[a]);
+    }
+  }
+
+  // mass: of this lane.
+  __device__ __forceinline__ void reduce_over_warp(const float (&mass)[Views], float scale) {
+    const float before = log_sum.maximum;
+    log_sum.reduce_over_warp(scale);
+#pragma unroll
+    for (int a = 0; a < Views; ++a) {
+      dot[a] = warp_reduce<Add>(fmaf(mass[a], before - log_sum.maximum, dot[a]));
+    }
+  }
+};
+
 // Blocks: ((Images images, range), tile). A tile: up to Crops crops against up to Views views.
-// Shared memory: kWarps floats for each of Images Crops (2 + Views) numbers.
+// Shared memory: Images (Crops (2 + Views) + Views) numbers for each warp.
 template <Element E, int N, int Images, int Crops, int Views>
 __global__ void __launch_bounds__(kThreads) forward_partial(AssignmentCrossEntropy args, Ranges work) {
   const AssignmentProblem& problem = args.problem;
@@ -105,13 +144,13 @@ __global__ void __launch_bounds__(kThreads) forward_partial(AssignmentCrossEntro
 #pragma unroll
     for (int a = 0; a < Views; ++a) {
       row[b][a] = b < images && a < views
-                      ? load_global(problem.rows + (first_view + a) * problem.images + first_image + b) * kLog2E
+                      ? load_global(problem.rows + (first_view + a) * problem.images + first_image + b)
                       : 0.f;
     }
   }
 
-  LogSum log_sum[Images][Crops];
-  float dot[Images][Crops][Views] = {};  // sums of p and the logits
+  RowState<Views> state[Images][Crops];
+  float mass[Images][Views] = {};
   const int64_t first = range * work.columns, behind = first + work.columns;
   const int64_t last = behind < problem.prototypes ? behind : problem.prototypes;
   for (int64_t k = first + int64_t(thread_index()) * N; k < last; k += kThreads * N) {
@@ -140,64 +179,80 @@ __global__ void __launch_bounds__(kThreads) forward_partial(AssignmentCrossEntro
         float p[Views][N] = {};
 #pragma unroll
         for (int a = 0; a < Views; ++a) {
-          if (a < views) probabilities<E, N>(targets[b][a], column, row[b][a], problem.teacher_scale, p[a]);
+          if (a < views) probabilities<E, N>(targets[b][a], column, row[b][a], problem.teacher_inverse, p[a]);
         }
 #pragma unroll
         for (int c = 0; c < Crops; ++c) {
           if (c < crops) {
             float x[N];
             widen_packed<E, N>(logits[b][c], x);
-            log_sum[b][c].add(x, problem.student_scale);
-#pragma unroll
-            for (int a = 0; a < Views; ++a) {
-#pragma unroll
-              for (int i = 0; i < N; ++i) dot[b][c][a] = fmaf(p[a][i], x[i], dot[b][c][a]);
-            }
+            state[b][c].add(x, p, mass[b], problem.student_scale);
           }
+        }
+#pragma unroll
+        for (int a = 0; a < Views; ++a) {
+#pragma unroll
+          for (int i = 0; i < N; ++i) mass[b][a] += p[a][i];
         }
       }
     }
   }
 
-  // The warps' numbers, each in a row of kWarps; then one thread for each student row, and for each pair.
-  constexpr int kNumbers = 2 + Views;
-  const auto scratch = [](int b, int c, int number, int warp) {
-    return shared_base() + 4u * uint32_t(((b * Crops + c) * kNumbers + number) * kWarps + warp);
+  // The numbers of each warp: for a crop its maximum, sum and dots, behind all crops the masses. Then one thread for
+  // each of the block's numbers but the maxima.
+  constexpr int kNumbers = Crops * (2 + Views) + Views;
+  const auto scratch = [](int warp, int b, int c, int number) {
+    return shared_base() + 4u * uint32_t((warp * Images + b) * kNumbers + c * (2 + Views) + number);
   };
 #pragma unroll
   for (int b = 0; b < Images; ++b) {
 #pragma unroll
     for (int c = 0; c < Crops; ++c) {
-      log_sum[b][c].reduce_over_warp(problem.student_scale);
-#pragma unroll
-      for (int a = 0; a < Views; ++a) dot[b][c][a] = warp_reduce<Add>(dot[b][c][a]);
+      state[b][c].reduce_over_warp(mass[b], problem.student_scale);
       if (lane_index() == 0) {
-        store_shared(scratch(b, c, 0, warp_index()), log_sum[b][c].maximum);
-        store_shared(scratch(b, c, 1, warp_index()), log_sum[b][c].sum);
+        store_shared(scratch(warp_index(), b, c, 0), state[b][c].log_sum.maximum);
+        store_shared(scratch(warp_index(), b, c, 1), state[b][c].log_sum.sum);
 #pragma unroll
-        for (int a = 0; a < Views; ++a) store_shared(scratch(b, c, 2 + a, warp_index()), dot[b][c][a]);
+        for (int a = 0; a < Views; ++a) store_shared(scratch(warp_index(), b, c, 2 + a), state[b][c].dot[a]);
       }
+    }
+#pragma unroll
+    for (int a = 0; a < Views; ++a) {
+      const float sum = warp_reduce<Add>(mass[b][a]);
+      if (lane_index() == 0) store_shared(scratch(warp_index(), b, Crops, a), sum);
     }
   }
   block_barrier();
   const int number = thread_index() % (1 + Views), pair = thread_index() / (1 + Views);
-  const int c = pair % Crops, b = pair / Crops, a = number - 1;
-  if (b >= Images || b >= images || c >= crops || a >= views) return;
+  const int c = pair % (Crops + 1), b = pair / (Crops + 1), a = number - 1;
+  if (b >= Images || b >= images || a >= views) return;
   const Workspace workspace = workspace_of(args, work.ranges);
-  const int64_t crop = first_crop + c, image = first_image + b;
+  const int64_t crop = first_crop + c, view = first_view + a, image = first_image + b;
+  const auto of_warp = [&](int warp, int c, int number) { return load_shared<float>(scratch(warp, b, c, number)); };
+  if (c == Crops) {
+    if (a < 0 || first_crop > 0) return;
+    float sum = 0.f;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) sum += of_warp(warp, Crops, a);
+    store_global(workspace.mass(range, view, image), sum);
+    return;
+  }
+  if (c >= crops) return;
+  LogSum total;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) {
+    LogSum one;
+    one.maximum = of_warp(warp, c, 0), one.sum = of_warp(warp, c, 1);
+    total.merge(one, problem.student_scale);
+  }
   if (a >= 0) {
     float sum = 0.f;
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) sum += load_shared<float>(scratch(b, c, 2 + a, warp));
-    store_global(workspace.dot(range, crop, first_view + a, image), sum);
-  } else if (first_view == 0) {
-    LogSum total;
-#pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) {
-      LogSum one;
-      one.maximum = load_shared<float>(scratch(b, c, 0, warp)), one.sum = load_shared<float>(scratch(b, c, 1, warp));
-      total.merge(one, problem.student_scale);
+      sum += fmaf(of_warp(warp, Crops, a), of_warp(warp, c, 0) - total.maximum, of_warp(warp, c, 2 + a));
     }
+    store_global(workspace.dot(range, crop, view, image), sum);
+  } else if (first_view == 0) {
     store_global(workspace.maximum(range, crop, image), total.maximum);
     store_global(workspace.sum(range, crop, image), total.sum);
   }
@@ -217,13 +272,20 @@ __global__ void __launch_bounds__(kThreads) forward_rows(AssignmentCrossEntropy 
     one.sum = load_global(workspace.sum(range, crop, image));
     total.merge(one, problem.student_scale);
   }
-  const float log_sum = fmaf(total.maximum * problem.student_scale, kLn2, logf(total.sum));
-  store_global(args.log_sums + index, log_sum);
+  const Inverse& inverse = problem.student_inverse;
+  const float log_sum = logf(total.sum);  // relative to the maximum
+  store_global(args.log_sums + index,
+               double(total.maximum) * (double(inverse.large) + double(inverse.small)) + double(log_sum));
   const float weight = weight_of(problem, image);
   for (int64_t view = 0; view < problem.teacher.crops; ++view) {
-    float dot = 0.f;
-    for (int64_t range = 0; range < ranges; ++range) dot += load_global(workspace.dot(range, crop, view, image));
-    store_global(workspace.loss(crop, view, image), weight * (log_sum - dot * (problem.student_scale * kLn2)));
+    float dot = 0.f, mass = 0.f;
+    for (int64_t range = 0; range < ranges; ++range) {
+      const float one = load_global(workspace.mass(range, view, image));
+      const float above = load_global(workspace.maximum(range, crop, image)) - total.maximum;
+      dot += fmaf(one, above, load_global(workspace.dot(range, crop, view, image)));
+      mass += one;
+    }
+    store_global(workspace.loss(crop, view, image), weight * (mass * log_sum - dot * nearest(inverse)));
   }
 }
 
@@ -241,7 +303,7 @@ __global__ void __launch_bounds__(kThreads) forward_sum(AssignmentCrossEntropy a
 // Blocks: (Images images, range). Crops: taken together, so that their loads are under way at once (a store might
 // overwrite what follows it, as far as the compiler knows). Views: 1 or 2, held in registers for all crops; 0: any
 // number, read and computed again for every crop.
-// Shared memory, per image and crop: the sum of its factors, the logarithm of its row (units of log2), a factor for
+// Shared memory, per image and crop: the sum of its factors, the logarithm of its row in two parts, a factor for
 // each view.
 template <Element E, int N, int Images, int Crops, int Views>
 __global__ void __launch_bounds__(kThreads, 2) backward(AssignmentCrossEntropyBackward args, Ranges work) {
@@ -251,29 +313,30 @@ __global__ void __launch_bounds__(kThreads, 2) backward(AssignmentCrossEntropyBa
   const int64_t range = uint32_t(block_index<0>()) % uint32_t(work.ranges);
   const int crops = int(problem.student.crops), views = int(problem.teacher.crops);
   const int images = problem.images - first_image < Images ? int(problem.images - first_image) : Images;
-  const auto factors = [crops, views](int b, int crop, int number) {
-    return shared_base() + 4u * uint32_t((b * crops + crop) * (2 + views) + number);
+  const auto factors = [crops](int b, int crop, int number) {
+    return shared_base() + 4u * uint32_t((number * Images + b) * crops + crop);
   };
   for (int index = thread_index(); index < images * crops; index += kThreads) {
     const int b = index / crops, c = index % crops;
-    const float unit = weight_of(problem, first_image + b) * (problem.student_scale * kLn2);
+    const float unit = weight_of(problem, first_image + b) * nearest(problem.student_inverse);
     float total = 0.f;
     for (int a = 0; a < views; ++a) {
       const float factor = unit * load_global(args.grad + int64_t(c) * views + a);
-      store_shared(factors(b, c, 2 + a), factor);
+      store_shared(factors(b, c, 3 + a), factor);
       total += factor;
     }
     store_shared(factors(b, c, 0), total);
-    store_shared(factors(b, c, 1), load_global(args.log_sums + c * problem.images + first_image + b) * kLog2E);
+    const double log_sum = load_global(args.log_sums + c * problem.images + first_image + b);
+    const float large = float(log_sum);
+    store_shared(factors(b, c, 1), large);
+    store_shared(factors(b, c, 2), float(log_sum - double(large)));
   }
   block_barrier();
 
   const auto* student = row_of<E>(problem.student, 0, first_image);
   const auto* teacher = row_of<E>(problem.teacher, 0, first_image);
   auto* gradient = static_cast<typename Storage<E>::Type*>(args.gradient) + first_image * args.gradient_row_stride;
-  const auto row = [&](int b, int view) {
-    return load_global(problem.rows + view * problem.images + first_image + b) * kLog2E;
-  };
+  const auto row = [&](int b, int view) { return load_global(problem.rows + view * problem.images + first_image + b); };
   const auto target = [&](int b, int view) {
     return teacher + view * problem.teacher.crop_stride + b * problem.teacher.row_stride;
   };
@@ -310,7 +373,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward(AssignmentCrossEntropyBa
 #pragma unroll
             for (int a = 0; a < Views; ++a) {
               if (b < images && a < views) {
-                probabilities<E, N>(targets[b][a], column, row(b, a), problem.teacher_scale, p[a]);
+                probabilities<E, N>(targets[b][a], column, row(b, a), problem.teacher_inverse, p[a]);
               }
             }
           }
@@ -322,25 +385,26 @@ __global__ void __launch_bounds__(kThreads, 2) backward(AssignmentCrossEntropyBa
             float x[N], result[N];
             widen_packed<E, N>(logits[b][c], x);
             const float total = load_shared<float>(factors(b, crop, 0));
-            const float log_sum = load_shared<float>(factors(b, crop, 1));
+            const float large = load_shared<float>(factors(b, crop, 1));
+            const float small = load_shared<float>(factors(b, crop, 2));
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-              result[i] = total * exp2_approx(fmaf(x[i], problem.student_scale, -log_sum));
+              result[i] = total * exp2_approx((divide_add(x[i], problem.student_inverse, -large) - small) * kLog2E);
             }
             if constexpr (Views > 0) {
 #pragma unroll
               for (int a = 0; a < Views; ++a) {
                 if (a < views) {
-                  const float factor = load_shared<float>(factors(b, crop, 2 + a));
+                  const float factor = load_shared<float>(factors(b, crop, 3 + a));
 #pragma unroll
                   for (int i = 0; i < N; ++i) result[i] = fmaf(-factor, p[a][i], result[i]);
                 }
               }
             } else {
               for (int a = 0; a < views; ++a) {
-                const float factor = load_shared<float>(factors(b, crop, 2 + a));
+                const float factor = load_shared<float>(factors(b, crop, 3 + a));
                 targets[b][0] = load_packed<E, N>(target(b, a) + k);
-                probabilities<E, N>(targets[b][0], column, row(b, a), problem.teacher_scale, p[0]);
+                probabilities<E, N>(targets[b][0], column, row(b, a), problem.teacher_inverse, p[0]);
 #pragma unroll
                 for (int i = 0; i < N; ++i) result[i] = fmaf(-factor, p[0][i], result[i]);
               }

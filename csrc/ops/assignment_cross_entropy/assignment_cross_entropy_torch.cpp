@@ -27,9 +27,9 @@ AssignmentProblem check_problem(const char* op, const Tensor& student, const Ten
                                 const Tensor& columns, double student_temperature, double teacher_temperature,
                                 const std::optional<Tensor>& weight) {
   AssignmentProblem problem;
+  problem.element = element_of(op, "student", student);
   problem.student = check_logits(op, "student", student, student);
   problem.teacher = check_logits(op, "teacher", teacher, student);
-  problem.element = element_of(op, "student", student);
   problem.images = student.size(1), problem.prototypes = student.size(2);
   check_vector(op, "rows", rows, problem.teacher.crops * problem.images, student);
   check_vector(op, "columns", columns, problem.prototypes, student);
@@ -41,6 +41,8 @@ AssignmentProblem check_problem(const char* op, const Tensor& student, const Ten
   problem.teacher_temperature = teacher_temperature;
   problem.student_scale = static_cast<float>(kLog2E / student_temperature);
   problem.teacher_scale = static_cast<float>(kLog2E / teacher_temperature);
+  problem.student_inverse = Inverse::of(student_temperature);
+  problem.teacher_inverse = Inverse::of(teacher_temperature);
   return problem;
 }
 
@@ -51,8 +53,8 @@ bool rows_are_apart(const Tensor& logits) {
   if (logits.numel() == 0) return true;
   if (crops == 1) return images == 1 || row_stride >= prototypes;
   if (images == 1) return crop_stride >= prototypes;
-  return crop_stride <= row_stride ? crop_stride >= prototypes && row_stride >= crop_stride * crops
-                                   : row_stride >= prototypes && crop_stride >= row_stride * images;
+  return crop_stride <= row_stride ? crop_stride >= prototypes && row_stride >= crop_stride * (crops - 1) + prototypes
+                                   : row_stride >= prototypes && crop_stride >= row_stride * (images - 1) + prototypes;
 }
 
 // `gradient` may be `student` itself.
@@ -61,17 +63,17 @@ void backward_into(const char* op, Tensor& gradient, const Tensor& grad, const T
                    double teacher_temperature, const std::optional<Tensor>& weight) {
   AssignmentCrossEntropyBackward args;
   args.problem = check_problem(op, student, teacher, rows, columns, student_temperature, teacher_temperature, weight);
-  const auto check_matrix = [&](const char* argument, const Tensor& matrix, int64_t columns) {
-    STD_TORCH_CHECK(matrix.scalar_type() == ScalarType::Float && matrix.dim() == 2 &&
-                        matrix.size(0) == args.problem.student.crops && matrix.size(1) == columns &&
-                        matrix.is_contiguous() && matrix.device() == student.device(),
-                    op, ": ", argument, " must be a contiguous float32 (", args.problem.student.crops, ", ", columns,
-                    ") matrix on the device of student; got ", matrix.dim(), " dimensions, ", matrix.numel(),
-                    " elements of ", torch::headeronly::toString(matrix.scalar_type()));
-    return input<float>(matrix);
+  const auto check_matrix = [&](const char* argument, const Tensor& matrix, ScalarType type, int64_t columns) {
+    STD_TORCH_CHECK(matrix.scalar_type() == type && matrix.dim() == 2 && matrix.size(0) == args.problem.student.crops &&
+                        matrix.size(1) == columns && matrix.is_contiguous() && matrix.device() == student.device(),
+                    op, ": ", argument, " must be a contiguous ", torch::headeronly::toString(type), " (",
+                    args.problem.student.crops, ", ", columns, ") matrix on the device of student; got ", matrix.dim(),
+                    " dimensions, ", matrix.numel(), " elements of ",
+                    torch::headeronly::toString(matrix.scalar_type()));
   };
-  args.grad = check_matrix("grad", grad, args.problem.teacher.crops);
-  args.log_sums = check_matrix("log_sums", log_sums, args.problem.images);
+  check_matrix("grad", grad, ScalarType::Float, args.problem.teacher.crops);
+  check_matrix("log_sums", log_sums, ScalarType::Double, args.problem.images);
+  args.grad = input<float>(grad), args.log_sums = input<double>(log_sums);
   args.gradient = output(gradient);
   args.gradient_crop_stride = gradient.stride(0), args.gradient_row_stride = gradient.stride(1);
   launch(op, student, args, assignment_cross_entropy_backward_cpu, assignment_cross_entropy_backward_cuda);
@@ -93,14 +95,14 @@ std::tuple<Tensor, Tensor> assignment_cross_entropy(const Tensor& student, const
   args.problem = check_problem(op, student, teacher, rows, columns, student_temperature, teacher_temperature, weight);
   const int64_t crops = args.problem.student.crops, views = args.problem.teacher.crops, images = args.problem.images;
   Tensor losses = empty(student, {crops, views}, ScalarType::Float);
-  Tensor log_sums = empty(student, {crops, images}, ScalarType::Float);
+  Tensor log_sums = empty(student, {crops, images}, ScalarType::Double);
   Tensor workspace = empty(
       student,
       {runs_on_cpu(student) ? 0
                             : assignment_cross_entropy_workspace_cuda(crops, views, images, args.problem.prototypes)},
       ScalarType::Float);
   args.workspace = runs_on_cpu(student) ? nullptr : output<float>(workspace);
-  args.losses = output<float>(losses), args.log_sums = output<float>(log_sums);
+  args.losses = output<float>(losses), args.log_sums = output<double>(log_sums);
   launch(op, student, args, assignment_cross_entropy_cpu, assignment_cross_entropy_cuda);
   return {losses, log_sums};
 }

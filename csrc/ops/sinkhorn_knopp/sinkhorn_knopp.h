@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "core/element.h"
+#include "core/inverse.h"
 #include "core/parallel.h"
 
 namespace dinov3_ext {
@@ -26,6 +27,7 @@ struct SinkhornLogits {
   int64_t prototypes;  // >= 1
   int64_t row_stride;  // in elements, >= prototypes (any where rows <= 1)
   float scale;         // log2(e) / temperature
+  Inverse inverse;     // 1 / temperature
 };
 
 struct SinkhornColumnSums {
@@ -44,12 +46,13 @@ struct SinkhornFinish {
 
 struct SinkhornRowSums {
   SinkhornLogits logits;
-  const float* previous;  // (rows,) row potentials before, a good guess of the result: on the CPU no maximum is searched
-  const float* columns;   // (prototypes,)
-  float* row_partial;     // workspace (2, ranges, rows); CUDA only, null on the CPU
-  float* partial;         // workspace (splits, prototypes), or null: no column sums wanted
-  float* rows;            // out (rows,)
-  float* sums;            // out (prototypes,), or null together with `partial`
+  const float*
+      previous;          // (rows,) row potentials before, a good guess of the result: on the CPU no maximum is searched
+  const float* columns;  // (prototypes,)
+  float* row_partial;    // workspace (2, ranges, rows); CUDA only, null on the CPU
+  float* partial;        // workspace (splits, prototypes), or null: no column sums wanted
+  float* rows;           // out (rows,)
+  float* sums;           // out (prototypes,), or null together with `partial`
 };
 
 int64_t sinkhorn_splits_cpu(int64_t rows);

@@ -16,6 +16,7 @@
 
 #include "core/block_reduce.cuh"
 #include "core/element.cuh"
+#include "core/inverse.cuh"
 #include "core/log_sum.cuh"
 #include "core/primitives.cuh"
 #include "ops/sinkhorn_knopp/sinkhorn_knopp.h"
@@ -24,7 +25,6 @@ namespace dinov3_ext {
 namespace sinkhorn {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
-inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kRows = 4;    // of a row kernel's block
@@ -67,8 +67,8 @@ __device__ __forceinline__ void visit_rows(const SinkhornLogits& logits, int64_t
 }
 
 // Natural logarithm; -inf without rows, or with -inf alone.
-__device__ __forceinline__ float natural_maximum(const LogSum& column, float scale) {
-  return column.nothing() ? -INFINITY : column.maximum * scale * kLn2;
+__device__ __forceinline__ float natural_maximum(const LogSum& column, const Inverse& temperature) {
+  return column.nothing() ? -INFINITY : divide_add(column.maximum, temperature, 0.f);
 }
 
 // Shared memory of the column kernels: float arrays of kWarps x 32 N, one float for every column a warp holds.
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) column_partial(SinkhornColumnSums ar
     one.maximum = scratch.load(0, warp, column), one.sum = scratch.load(1, warp, column);
     total.merge(one, logits.scale);
   }
-  store_global(maxima + index, alone ? natural_maximum(total, logits.scale) : total.maximum);
+  store_global(maxima + index, alone ? natural_maximum(total, logits.inverse) : total.maximum);
   store_global(sums + index, total.sum);
 }
 
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) column_combine(SinkhornColumnSums ar
     one.sum = load_global(args.partial + (splits + split) * prototypes + k);
     total.merge(one, args.logits.scale);
   }
-  store_global(args.maxima + k, natural_maximum(total, args.logits.scale));
+  store_global(args.maxima + k, natural_maximum(total, args.logits.inverse));
   store_global(args.sums + k, total.sum);
 }
 
@@ -167,8 +167,8 @@ __global__ void __launch_bounds__(kThreads) finish(SinkhornFinish args) {
 }
 
 // Blocks: (kRows rows, range of columns). A thread takes N columns (16 bytes) of all its rows, then those kThreads N
-// further on. Writes the potentials where there is one range, else row_partial (2, ranges, rows): maxima in units of
-// log2, then sums. Shared memory: two floats for each of kRows * kWarps.
+// further on. Writes the potentials where there is one range, else row_partial (2, ranges, rows): maxima, then sums.
+// Shared memory: two floats for each of kRows * kWarps.
 template <Element E, int N>
 __global__ void __launch_bounds__(kThreads)
     row_partial(SinkhornRowSums args, int64_t ranges, int64_t columns_of_range) {
@@ -189,15 +189,13 @@ __global__ void __launch_bounds__(kThreads)
     }
     load_floats<N>(args.columns + k, column);
 #pragma unroll
-    for (int i = 0; i < N; ++i) column[i] *= kLog2E;
-#pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r < rows) {
         float x[N];
         widen_packed<E, N>(packed[r], x);
 #pragma unroll
-        for (int i = 0; i < N; ++i) x[i] = fmaf(x[i], logits.scale, column[i]);
-        state[r].add(x, 1.f);
+        for (int i = 0; i < N; ++i) x[i] = divide_add(x[i], logits.inverse, column[i]);
+        state[r].add(x, kLog2E);
       }
     }
   }
@@ -206,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
   };
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    state[r].reduce_over_warp(1.f);
+    state[r].reduce_over_warp(kLog2E);
     if (lane_index() == 0) {
       store_shared(place(r, 0, warp_index()), state[r].maximum);
       store_shared(place(r, 1, warp_index()), state[r].sum);
@@ -220,11 +218,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int warp = 0; warp < kWarps; ++warp) {
     LogSum one;
     one.maximum = load_shared<float>(place(r, 0, warp)), one.sum = load_shared<float>(place(r, 1, warp));
-    total.merge(one, 1.f);
+    total.merge(one, kLog2E);
   }
   const int64_t row = first_row + r;
   if (ranges == 1) {
-    store_global(args.rows + row, -total.maximum * kLn2 - logf(total.sum));
+    store_global(args.rows + row, -total.maximum - logf(total.sum));
   } else {
     store_global(args.row_partial + range * logits.rows + row, total.maximum);
     store_global(args.row_partial + (ranges + range) * logits.rows + row, total.sum);
@@ -240,9 +238,9 @@ __global__ void __launch_bounds__(kThreads) row_combine(SinkhornRowSums args, in
     LogSum one;
     one.maximum = load_global(args.row_partial + range * rows + row);
     one.sum = load_global(args.row_partial + (ranges + range) * rows + row);
-    total.merge(one, 1.f);
+    total.merge(one, kLog2E);
   }
-  store_global(args.rows + row, -total.maximum * kLn2 - logf(total.sum));
+  store_global(args.rows + row, -total.maximum - logf(total.sum));
 }
 
 // Grid and ownership as in column_partial: sums of the finished rows, into the result or partial (splits, prototypes).
@@ -255,16 +253,14 @@ __global__ void __launch_bounds__(kThreads) next_partial(SinkhornRowSums args, i
   if (k < logits.prototypes) {
     float column[N];
     load_floats<N>(args.columns + k, column);
-#pragma unroll
-    for (int i = 0; i < N; ++i) column[i] *= kLog2E;
     visit_rows<E, N>(
-        logits, rows_of_split, k, [&](int64_t row) { return load_global(args.rows + row) * kLog2E; },
+        logits, rows_of_split, k, [&](int64_t row) { return load_global(args.rows + row); },
         [&](const float(&x)[kAtOnce][N], const float(&potential)[kAtOnce]) {
 #pragma unroll
           for (int j = 0; j < kAtOnce; ++j) {
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-              sum[i] += exp2_approx(fmaf(x[j][i], logits.scale, column[i]) + potential[j]);
+              sum[i] += exp2_approx((divide_add(x[j][i], logits.inverse, column[i]) + potential[j]) * kLog2E);
             }
           }
         });

@@ -18,8 +18,13 @@ SinkhornLogits check_logits(const char* op, const Tensor& logits, double tempera
   STD_TORCH_CHECK(rows <= 1 || logits.stride(0) >= prototypes, op, ": the rows of logits must not overlap; got stride ",
                   logits.stride(0), " for K = ", prototypes);
   STD_TORCH_CHECK(temperature > 0, op, ": temperature must be > 0; got ", temperature);
-  return {input(logits),    element_of(op, "logits", logits),        rows, prototypes,
-          logits.stride(0), static_cast<float>(kLog2E / temperature)};
+  return {input(logits),
+          element_of(op, "logits", logits),
+          rows,
+          prototypes,
+          logits.stride(0),
+          static_cast<float>(kLog2E / temperature),
+          Inverse::of(temperature)};
 }
 
 }  // namespace
