@@ -151,7 +151,9 @@ def test_overwriting_is_refused_while_compiling_and_on_a_leaf() -> None:
         torch.compile(loss, fullgraph=True)(student)
 
 
-def test_logits_used_twice_compiled() -> None:
+def test_logits_used_twice_compiled(monkeypatch) -> None:
+    """Without the cache on disk, which tells neither schemas nor fakes of two versions of an op apart."""
+    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
     arguments = problem(torch.float32)
     leaf = arguments[0].requires_grad_()
     compiled = torch.compile(lambda x: use_twice(False, x * 1, True, arguments), fullgraph=True)

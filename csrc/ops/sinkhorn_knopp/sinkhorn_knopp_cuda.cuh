@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   const auto place = [](int r, int number, int warp) {
-    return shared_base() + 4u * uint32_t((r * 2 + number) * kWarps + warp);
+    return shared_base() + 4u * uint32_t((warp * kRows + r) * 2 + number);
   };
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
