@@ -151,13 +151,13 @@ def test_overwriting_is_refused_while_compiling_and_on_a_leaf() -> None:
         torch.compile(loss, fullgraph=True)(student)
 
 
-def test_logits_used_twice_compiled(monkeypatch) -> None:
+def test_logits_used_twice_compiled() -> None:
     """Without the cache on disk, which tells neither schemas nor fakes of two versions of an op apart."""
-    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
     arguments = problem(torch.float32)
     leaf = arguments[0].requires_grad_()
     compiled = torch.compile(lambda x: use_twice(False, x * 1, True, arguments), fullgraph=True)
-    (ours,) = torch.autograd.grad(compiled(leaf), leaf)
+    with torch.compiler.config.patch(force_disable_caches=True):
+        (ours,) = torch.autograd.grad(compiled(leaf), leaf)
     (expected,) = torch.autograd.grad(use_twice(False, leaf * 1, True, arguments), leaf)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)  # fp32 exp of another library
 
