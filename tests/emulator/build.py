@@ -45,7 +45,10 @@ def build(sanitize: str = "", target: str = MODULE) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), "-DDINOV3_EXT_CUDA=off"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DDINOV3_EXT_SANITIZE={sanitize}"]
-        commands = [] if (folder / "build.ninja").is_file() else [configure]
+        cache = folder / "CMakeCache.txt"
+        # Another interpreter has other headers and another torch: configured anew.
+        known = (folder / "build.ninja").is_file() and f"={sys.executable}\n" in cache.read_text()
+        commands = [] if known else [[*configure, "--fresh"] if cache.is_file() else configure]
         for command in [*commands, ["ninja", "-C", str(folder), target]]:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
             if done.returncode:

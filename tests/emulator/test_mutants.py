@@ -107,8 +107,12 @@ def test_random_schedules_change_nothing(emulator: ModuleType, op: str, seed: in
     skip_what_has_not_landed(op)
     cases = list(CASES[op].values())
     case = cases[seed % len(cases)]
+    architecture = ARCHITECTURES[seed % 3]
+    emulator.configure(architecture=architecture)
     expected = run(case)
-    emulator.configure(seed=seed, cp_async=("late", "now")[seed % 2], threads=1 + seed % 3)
+    emulator.configure(
+        seed=seed, cp_async=("late", "now")[seed // 3 % 2], threads=1 + seed // 2 % 3, architecture=architecture
+    )
     assert same(run(case), expected)
 
 
