@@ -91,7 +91,30 @@ DINOV3_EXT_INLINE Two<W> load_two_of(const float* from) {
   return detail::apart<W>(ordered, std::make_integer_sequence<int, W>());
 }
 
-// The inverse.
+// scale x + base y + shift as if rounded once or twice: the terms are large, their sum is a small exponent. Two fused
+// multiply-adds; without them, in fp64.
+template <int W>
+DINOV3_EXT_INLINE typename Vector<W>::Float exponent(float scale, typename Vector<W>::Float x, float base,
+                                                     typename Vector<W>::Float y, float shift) {
+#if !defined(__FMA__) && !defined(__aarch64__)
+  if constexpr (W == 4) {  // the portable vectors; wider ones belong to functions that have the instruction
+    typedef double Wide __attribute__((vector_size(8 * W)));
+    const Wide sum = __builtin_convertvector(x, Wide) * double(scale) + __builtin_convertvector(y, Wide) * double(base);
+    return __builtin_convertvector(sum + double(shift), typename Vector<W>::Float);
+  }
+#endif
+  return x * scale + (y * base + splat<W>(shift));
+}
+
+template <int W>
+DINOV3_EXT_INLINE typename Vector<W>::Float exponent(float scale, typename Vector<W>::Float x, float shift) {
+#if !defined(__FMA__) && !defined(__aarch64__)
+  if constexpr (W == 4) return exponent<W>(scale, x, 0.f, splat<W>(0.f), shift);
+#endif
+  return x * scale + splat<W>(shift);
+}
+
+// The inverse of load_two_of.
 template <Element E, int W>
 DINOV3_EXT_INLINE void store_two_of(float* to, Two<W> value) {
   if constexpr (E != Element::float32) value = detail::together<W>(value, std::make_integer_sequence<int, W>());
@@ -124,27 +147,37 @@ class FlushDenormals {
 #endif
 };
 
-// 2^x as exp2, under FlushDenormals: zero below 2^-126, infinity (AVX-512) or 2^127 from 2^128 on, NaN stays NaN.
+// 2^(x stretch) under FlushDenormals, as exp2: zero below 2^-126, infinity (AVX-512) or 2^127 from 2^128 on, NaN stays
+// NaN. `stretch` is within 1e-5 of one and costs nothing: it takes part where the whole part is taken off.
 template <int W>
-DINOV3_EXT_INLINE typename Vector<W>::Float exp2_flushed(typename Vector<W>::Float x) {
+DINOV3_EXT_INLINE typename Vector<W>::Float exp2_stretched(typename Vector<W>::Float x,
+                                                           typename Vector<W>::Float stretch) {
+  using V = Vector<W>;
+  using Float = typename V::Float;
+  constexpr bool scales = W == 16;                             // vscalefps
+  constexpr float rounder = 12582912.f;                        // as in exp2
+  Float t = larger<W>(x, splat<W>(scales ? -200.f : -127.f));  // -inf - -inf would be NaN
+  if constexpr (!scales) t = smaller<W>(t, splat<W>(127.f));
+  const Float shifted = t + rounder, whole = shifted - rounder;
+  const Float f = t * stretch - whole;
+  Float p = 1.535336188319500e-4f * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.f;
 #if defined(__x86_64__)
-  if constexpr (W == 16) {
-    using Float = typename Vector<W>::Float;
-    const Float t = larger<W>(x, splat<W>(-200.f));  // -inf - -inf would be NaN
-    constexpr float rounder = 12582912.f;            // as in exp2
-    const Float whole = (t + rounder) - rounder;
-    const Float f = t - whole;
-    Float p = 1.535336188319500e-4f * f + 1.339887440266574e-3f;
-    p = p * f + 9.618437357674640e-3f;
-    p = p * f + 5.550332471162809e-2f;
-    p = p * f + 2.402264791363012e-1f;
-    p = p * f + 6.931472028550421e-1f;
-    p = p * f + 1.f;
+  if constexpr (scales) {
     asm("vscalefps %1, %0, %0" : "+v"(p) : "v"(whole));
     return p;
   }
 #endif
-  return exp2<W>(x);
+  return p * bits_as<Float>((bits_as<typename V::Int>(shifted) + 127) << 23);
+}
+
+template <int W>
+DINOV3_EXT_INLINE typename Vector<W>::Float exp2_flushed(typename Vector<W>::Float x) {
+  return exp2_stretched<W>(x, splat<W>(1.f));
 }
 
 }  // namespace dinov3_ext

@@ -29,18 +29,20 @@ const void* row_of(const AssignmentLogits& logits, Element element, int64_t crop
 
 // ---- pieces of a row ------------------------------------------------------------------------------------------------
 
-// Exponents in base 2: scale x + base (rows + columns). scale / base is 1 / temperature to some 1e-8 where log2(e) and
-// log2(e) / temperature, each rounded, miss it by up to 1e-7: times the logits' size of 50 or more, an error of all
-// assignments in one direction. `base` is up to four steps off log2(e), which only counts times the small exponent.
+// Exponents in base 2: stretch (scale x + base (rows + columns)). scale / base is 1 / temperature to some 1e-8 where
+// log2(e) and log2(e) / temperature, each rounded, miss it by up to 1e-7: times the logits' size of 50 or more, an
+// error of all assignments in one direction. `base` is up to four steps off log2(e), and `stretch` makes that good.
 struct Exponents {
-  float scale, base;
+  float scale, base, stretch;
 
-  explicit Exponents(double temperature) : scale(float(kLog2E / temperature)), base(kLog2E) {
+  explicit Exponents(double temperature) {
     double least = 1;
     for (int step = -4; step <= 4; ++step) {
       const float near = bits_as<float>(bits_as<uint32_t>(kLog2E) + step), its_scale = float(near / temperature);
-      const double error = std::abs(its_scale * temperature / near - 1);
-      if (error < least) least = error, scale = its_scale, base = near;
+      const float its_stretch = float(M_LOG2E / near);
+      const double error =
+          64 * std::abs(its_scale * temperature / near - 1) + 16 * std::abs(its_stretch * near / M_LOG2E - 1);
+      if (error < least) least = error, scale = its_scale, base = near, stretch = its_stretch;
     }
   }
 };
@@ -50,13 +52,13 @@ struct Exponents {
 struct Assignments {
   const void* row;
   const float* columns;
-  float scale, base, shift, rest;
+  float scale, base, stretch, shift, rest;
 
   Assignments(const AssignmentProblem& problem, int64_t view, int64_t image) {
     const Exponents exponents(problem.teacher_temperature);
     row = row_of(problem.teacher, problem.element, view, image);
     columns = problem.columns;
-    scale = exponents.scale, base = exponents.base;
+    scale = exponents.scale, base = exponents.base, stretch = exponents.stretch;
     const double exact = double(base) * problem.rows[view * problem.images + image];
     shift = float(exact);
     rest = std::isfinite(shift) ? float(std::exp2(exact - shift)) : 1.f;
@@ -68,7 +70,7 @@ struct Assignments {
 template <Element E, int W>
 DINOV3_EXT_INLINE float assignments(const Assignments& of, int64_t begin, int64_t end, float* p) {
   using Float = typename Vector<W>::Float;
-  const Float scale = splat<W>(of.scale), base = splat<W>(of.base), shift = splat<W>(of.shift);
+  const Float stretch = splat<W>(of.stretch);
   Two<W> sum{splat<W>(0.f), splat<W>(0.f)};
   for (int64_t k = begin; k < end; k += 2 * W) {
     float padded[2 * W];
@@ -82,8 +84,8 @@ DINOV3_EXT_INLINE float assignments(const Assignments& of, int64_t begin, int64_
       std::copy(of.columns + k, of.columns + end, padded);
       columns = load_two_of<E, W>(padded);
     }
-    x.first = exp2_flushed<W>(x.first * scale + (columns.first * base + shift));
-    x.second = exp2_flushed<W>(x.second * scale + (columns.second * base + shift));
+    x.first = exp2_stretched<W>(exponent<W>(of.scale, x.first, of.base, columns.first, of.shift), stretch);
+    x.second = exp2_stretched<W>(exponent<W>(of.scale, x.second, of.base, columns.second, of.shift), stretch);
     store<W>(p + (k - begin), x.first);
     store<W>(p + (k - begin) + W, x.second);
     sum.first += x.first, sum.second += x.second;
@@ -128,7 +130,7 @@ DINOV3_EXT_INLINE void add_block(const void* row, float scale, float shift, int6
   const int64_t whole = begin + (end - begin) / (2 * W) * (2 * W);
   for (int64_t k = begin; k < whole; k += 2 * W) {
     const Two<W> x = load_two<E, W>(row, k);
-    const Two<W> t{x.first * scale - shift, x.second * scale - shift};
+    const Two<W> t{exponent<W>(scale, x.first, -shift), exponent<W>(scale, x.second, -shift)};
     if constexpr (Sum) sum.first += exp2_flushed<W>(t.first), sum.second += exp2_flushed<W>(t.second);
     for (int v = 0; v < Views; ++v) {
       const float* one = p + v * kColumnsAtOnce + (k - begin);
@@ -140,7 +142,7 @@ DINOV3_EXT_INLINE void add_block(const void* row, float scale, float shift, int6
     typename Vector<W>::Int first, second;
     first_of_two<E, W>(end - whole, first, second);
     const Two<W> x = load_two_tail<E, W>(row, whole, end - whole);
-    const Two<W> t{x.first * scale - shift, x.second * scale - shift};
+    const Two<W> t{exponent<W>(scale, x.first, -shift), exponent<W>(scale, x.second, -shift)};
     if constexpr (Sum) {
       sum.first += first ? exp2_flushed<W>(t.first) : zero;
       sum.second += second ? exp2_flushed<W>(t.second) : zero;
@@ -204,7 +206,8 @@ DINOV3_EXT_INLINE void gradient_block(const void* row, float scale, float shift,
   for (int64_t k = begin; k < end; k += 2 * W) {
     const int64_t rest = end - k;
     const Two<W> x = rest >= 2 * W ? load_two<E, W>(row, k) : load_two_tail<E, W>(row, k, rest);
-    Two<W> g{exp2_flushed<W>(x.first * scale - shift) * factor, exp2_flushed<W>(x.second * scale - shift) * factor};
+    Two<W> g{exp2_flushed<W>(exponent<W>(scale, x.first, -shift)) * factor,
+             exp2_flushed<W>(exponent<W>(scale, x.second, -shift)) * factor};
     const int64_t count = Views ? Views : views;
     for (int64_t v = 0; v < count; ++v) {
       const float* one = p + v * kColumnsAtOnce + (k - begin);
@@ -219,9 +222,11 @@ DINOV3_EXT_INLINE void gradient_block(const void* row, float scale, float shift,
   }
 }
 
-// The logarithm of a student row's sum in base 2, rounded. What rounding has taken is made good in the row's factor.
-float student_shift(const AssignmentCrossEntropyBackward& args, int64_t crop, int64_t image) {
-  return float(args.log_sums[crop * args.problem.images + image] * M_LOG2E);
+// The logarithm of a student row's sum in base 2. It is used rounded; what rounding has taken is made good in the row's
+// factor.
+double student_log2_sum(const AssignmentCrossEntropyBackward& args, int64_t crop, int64_t image) {
+  const int64_t index = crop * args.problem.images + image;
+  return args.log_sums[index] * M_LOG2E;
 }
 
 // One image, columns [begin, end). `factors` (crops,), `shares` (crops, views): weights of this image.
@@ -237,7 +242,7 @@ DINOV3_EXT_INLINE void backward_segment(const AssignmentCrossEntropyBackward& ar
     }
     for (int64_t c = 0; c < problem.student.crops; ++c) {
       const void* row = row_of(problem.student, E, c, image);
-      const float shift = student_shift(args, c, image), scale = problem.student_scale;
+      const float shift = float(student_log2_sum(args, c, image)), scale = problem.student_scale;
       void* gradient = static_cast<char*>(args.gradient) +
                        (c * args.gradient_crop_stride + image * args.gradient_row_stride) * size_of(E);
       const float *share = shares + c * views, factor = factors[c];
@@ -433,8 +438,7 @@ void assignment_cross_entropy_backward_cpu(const AssignmentCrossEntropyBackward&
               const double rest = Assignments(problem, v, image).rest;
               shares[c * views + v] = float(scale * rest * task.args.grad[c * views + v]);
             }
-            const float shift = student_shift(task.args, c, image);
-            const double rest = shift - task.args.log_sums[c * problem.images + image] * M_LOG2E;
+            const double log_sum = student_log2_sum(task.args, c, image), rest = float(log_sum) - log_sum;
             factors[c] = float(scale * total * (std::isfinite(rest) ? std::exp2(rest) : 1));
           }
           task.kernels.backward(task.args, image, first, std::min(first + task.cut.columns, problem.prototypes),

@@ -104,28 +104,20 @@ DINOV3_EXT_INLINE void read_row(const GramFeatures& features, int64_t image, int
   }
 }
 
-// 1 / max(norm, 1e-12) of a row.
+// 1 / max(norm, 1e-12) of a row. In fp64: no error common to the row, no square out of range.
 template <int W>
 DINOV3_EXT_INLINE double inverse_norm(const GramFeatures& features, int64_t image, int64_t row, int64_t width) {
-  using Float = typename Vector<W>::Float;
   float part[kDepth];
-  double total = 0, exact = 0;
+  double sums[16] = {}, total = 0;
   for (int64_t k = 0; k < width; k += kDepth) {
     const int64_t count = std::min(kDepth, width - k);
     read_row<W>(features, image, row, k, count, 1., part);
-    std::fill(part + count, part + GramPlan::divide_up(count, W) * W, 0.f);
-    Float sum = splat<W>(0.f);
-    for (int64_t i = 0; i < count; i += W) sum += load<W>(part + i) * load<W>(part + i);
-    total += sum_lanes<W>(sum);
-  }
-  if (!(total > 1e-20 && total < 1e20)) {  // squares of such numbers lose digits in fp32, or overflow
-    for (int64_t k = 0; k < width; k += kDepth) {
-      const int64_t count = std::min(kDepth, width - k);
-      read_row<W>(features, image, row, k, count, 1., part);
-      for (int64_t i = 0; i < count; ++i) exact += double(part[i]) * part[i];
+    std::fill(part + count, part + GramPlan::divide_up(count, 16) * 16, 0.f);
+    for (int64_t i = 0; i < count; i += 16) {
+      for (int lane = 0; lane < 16; ++lane) sums[lane] += double(part[i + lane]) * part[i + lane];
     }
-    total = exact;
   }
+  for (const double sum : sums) total += sum;
   return 1 / std::max(std::sqrt(total), double(kGramSmallestNorm));
 }
 
