@@ -12,7 +12,16 @@ from dinov3_ext import Layout, rope_attention
 # (groups of (sequences, patch rows, patch columns), heads, head width); five prefix tokens
 SHAPES = {
     "small": [([(4, 6, 6), (8, 3, 3)], 3, 64)],
-    "full": [([(8, 16, 16), (32, 7, 7)], 6, 64)],
+    "full": [
+        ([(8, 16, 16), (32, 7, 7)], 6, 64),
+        ([(32, 7, 7)], 6, 64),  # 54 tokens
+        ([(8, 14, 14)], 6, 64),  # 201
+        ([(8, 16, 16)], 6, 64),  # 261
+        ([(2, 32, 32)], 6, 64),  # 1029
+        ([(4, 16, 16)], 16, 64),
+        ([(4, 16, 16)], 8, 128),
+        ([(1, 32, 32)], 8, 128),
+    ],
     "recipe": [
         ([(128, 16, 16)], 16, 64),  # ViT-L, 64 images: global crops of 256 px
         ([(512, 7, 7)], 16, 64),  # local crops of 112 px
@@ -23,6 +32,7 @@ SHAPES = {
     ],
 }
 PREFIX = 5
+torch._dynamo.config.recompile_limit = 64  # one graph per shape
 
 
 def eager(qkv: Tensor, table: Tensor, layout: Layout) -> Tensor:
