@@ -117,10 +117,9 @@ __device__ __forceinline__ void load_right_rows(uint32_t (&b)[NT / 2][4], Tile<C
 #if defined(DINOV3_EXT_EMULATOR)
   if (emulator::whole_tiles()) return emulator::load_right_rows<NT>(b, tile, row, column);
 #endif
+  const uint32_t first = right_address_rows(tile, row, column, lane_index());
 #pragma unroll
-  for (int n = 0; n < NT; n += 2) {
-    load_matrices(b[n / 2], right_address_rows(tile, row + 8 * n, column, lane_index()));
-  }
+  for (int n = 0; n < NT; n += 2) load_matrices(b[n / 2], first + uint32_t(8 * n * Tile<Columns>::kRowBytes));
 }
 
 // The same of the rows row .. row + 15 and the 8 NT columns from `column` on: outputs n run along the tile's columns.

@@ -68,7 +68,7 @@ template <int Tile, int Parts>
 int launch_products(const GramWork& work, int64_t images, void* stream) {
   constexpr int kThreads = GramTile<Tile>::kThreads;
   const int status = launch<gram_tiles<Tile, Parts>>(
-      {.x = images * work.tiles, .threads = kThreads, .shared_bytes = GramTiles<Tile, Parts>::kSharedBytes}, stream,
+      {.x = work.tiles, .y = images, .threads = kThreads, .shared_bytes = GramTiles<Tile, Parts>::kSharedBytes}, stream,
       work);
   if (status != 0 || !work.grad) return status;
   return launch<gram_gradient<Tile, Parts>>({.x = work.blocks,
@@ -97,11 +97,11 @@ int gram_loss_cuda(const GramLoss& args, void* stream) {
   const double entries = double(args.images) * double(args.patches) * double(args.patches);
   char* free = static_cast<char*>(args.workspace);
   const auto take = [&](int64_t bytes) { return std::exchange(free, free + bytes); };
-  GramWork work{.patches = args.patches,
-                .width = args.width,
-                .packed_width = plan.packed_width,
-                .blocks = plan.blocks,
-                .tiles = plan.tiles};
+  GramWork work{.patches = int(args.patches),
+                .width = int(args.width),
+                .packed_width = int(plan.packed_width),
+                .blocks = int(plan.blocks),
+                .tiles = int(plan.tiles)};
   work.student = reinterpret_cast<uint16_t*>(take(plan.packed_bytes));
   work.teacher = work.student + plan.chunk * plan.parts * args.patches * plan.packed_width;
   work.rows = reinterpret_cast<float*>(take(plan.rows_bytes));

@@ -40,8 +40,8 @@ enum GramRow : int {
 
 // One chunk of images.
 struct GramWork {
-  int64_t patches, width, packed_width, blocks, tiles;
-  uint16_t* student;  // packed: (images, parts, patches, packed_width)
+  int patches, width, packed_width, blocks, tiles;  // not int64: half the registers; offsets begin with an int64
+  uint16_t* student;                                // packed: (images, parts, patches, packed_width)
   uint16_t* teacher;
   float* rows;        // (images, kGramRowFields, patches)
   float* losses;      // (images, tiles)
@@ -90,11 +90,11 @@ __device__ __forceinline__ void add_products(float (&sums)[NT][4], const uint32_
   }
 }
 
-__device__ __forceinline__ int64_t triangle(int64_t n) { return n * (n + 1) / 2; }
+__device__ __forceinline__ int triangle(int n) { return int(int64_t(n) * (n + 1) / 2); }
 
 // Row and column of tile `index` of a lower triangle, row by row.
-__device__ __forceinline__ void triangle_place(int64_t index, int64_t& row, int64_t& column) {
-  row = int64_t(sqrtf(2.f * float(index)));
+__device__ __forceinline__ void triangle_place(int index, int& row, int& column) {
+  row = int(sqrtf(2.f * float(index)));
   while (triangle(row) > index) --row;
   while (triangle(row + 1) <= index) ++row;
   column = index - triangle(row);

@@ -21,12 +21,12 @@ struct GramGradient {
 
 // Starts copying step `step`: Tile x 32 entries of F and 32 x Tile features of the student.
 template <int Tile, int Parts>
-__device__ __forceinline__ void start_gradient_step(const GramWork& work, int64_t image, int64_t row_block,
-                                                    int64_t first_column, int step, uint32_t stage) {
+__device__ __forceinline__ void start_gradient_step(const GramWork& work, int64_t image, int row_block,
+                                                    int first_column, int step, uint32_t stage) {
   constexpr int kThreads = GramTile<Tile>::kThreads, kBytes = GramGradient<Tile, Parts>::kOperandBytes;
-  const int64_t first = int64_t(step) * kGramDepth, block = first / Tile;
+  const int first = step * kGramDepth, block = first / Tile;
   const bool above = block > row_block;
-  const int64_t place = above ? triangle(block) + row_block : triangle(row_block) + block;
+  const int place = above ? triangle(block) + row_block : triangle(row_block) + block;
   const uint16_t* entries = work.entries + (image * work.tiles + place) * Parts * Tile * Tile;
   const uint16_t* features = work.student + (image * Parts * work.patches + first) * work.packed_width + first_column;
 #pragma unroll
@@ -39,27 +39,17 @@ __device__ __forceinline__ void start_gradient_step(const GramWork& work, int64_
       copy_tile_async<Tile, kThreads>(dinov3_ext::Tile<kGramDepth>{left}, from + first % Tile, Tile, Tile);
     }
     copy_tile_async<kGramDepth, kThreads>(dinov3_ext::Tile<Tile>{stage + uint32_t((Parts + part) * kBytes)},
-                                          features + part * work.patches * work.packed_width, work.packed_width,
-                                          int(work.patches - first));
+                                          features + int64_t(part) * work.patches * work.packed_width,
+                                          work.packed_width, work.patches - first);
   }
 }
 
-// Entries of F at rows `row` and columns k .. k + 15 of a step, as a left operand; above the diagonal the step holds
-// their transpose.
-template <int Tile>
-__device__ __forceinline__ void load_entries(uint32_t (&a)[4], uint32_t left, int row, int k, bool above) {
-  if (above) {
-    load_matrices_transposed(a, left_address_transposed(dinov3_ext::Tile<Tile>{left}, k, row, lane_index()));
-  } else {
-    load_matrices(a, left_address(dinov3_ext::Tile<kGramDepth>{left}, row, k, lane_index()));
-  }
-}
-
-// Adds one step's products.
-template <int Tile, int Parts, int MT, int NT>
-__device__ __forceinline__ void add_gradient_step(float (&sums)[MT][NT][4], uint32_t stage, bool above) {
+// Adds one step's products. Above the diagonal the step holds F transposed: 32 x Tile.
+template <int Tile, int Parts, bool Above, int MT, int NT>
+__device__ __forceinline__ void add_gradient_step(float (&sums)[MT][NT][4], uint32_t stage) {
   using Layout = GramTile<Tile>;
-  using Operand = dinov3_ext::Tile<Tile>;
+  using Entries = dinov3_ext::Tile<Above ? Tile : kGramDepth>;
+  using Features = dinov3_ext::Tile<Tile>;
   constexpr uint32_t kBytes = GramGradient<Tile, Parts>::kOperandBytes;
   const uint32_t right = stage + Parts * kBytes;
 #pragma unroll
@@ -67,13 +57,22 @@ __device__ __forceinline__ void add_gradient_step(float (&sums)[MT][NT][4], uint
     const int second = Parts == 2 ? k : k + 16;  // the low part, or the next 16 terms
     const uint32_t low = Parts == 2 ? kBytes : 0;
     uint32_t b[2][NT / 2][4];
-    load_right_columns<NT>(b[0], Operand{right}, k, Layout::column());
-    load_right_columns<NT>(b[1], Operand{right + low}, second, Layout::column());
+    load_right_columns<NT>(b[0], Features{right}, k, Layout::column());
+    load_right_columns<NT>(b[1], Features{right + low}, second, Layout::column());
+    // 16 rows on, a tile's addresses are 16 rows' bytes on.
+    const uint32_t first = left_address(Entries{stage}, Layout::row(), k, lane_index());
+    const uint32_t other = left_address(Entries{stage + low}, Layout::row(), second, lane_index());
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
       uint32_t a[2][4];
-      load_entries<Tile>(a[0], stage, Layout::row() + 16 * m, k, above);
-      load_entries<Tile>(a[1], stage + low, Layout::row() + 16 * m, second, above);
+      if constexpr (Above) {
+        const int row = Layout::row() + 16 * m;
+        load_matrices_transposed(a[0], left_address_transposed(Entries{stage}, k, row, lane_index()));
+        load_matrices_transposed(a[1], left_address_transposed(Entries{stage + low}, second, row, lane_index()));
+      } else {
+        load_matrices(a[0], first + uint32_t(16 * m * Entries::kRowBytes));
+        load_matrices(a[1], other + uint32_t(16 * m * Entries::kRowBytes));
+      }
       add_products<Parts>(sums[m], a, b);
     }
   }
@@ -106,11 +105,11 @@ __global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_gradient(GramWo
   using Layout = GramTile<Tile>;
   using Stages = GramGradient<Tile, Parts>;
   constexpr int MT = Layout::MT, NT = Layout::NT;
-  const int64_t row_block = block_index<0>(), image = block_index<2>();
-  const int64_t first_column = block_index<1>() * Tile;
+  const int row_block = int(block_index<0>()), first_column = int(block_index<1>()) * Tile;
+  const int64_t image = block_index<2>();
   const uint32_t shared = shared_base();
 
-  const int steps = int((work.patches + kGramDepth - 1) / kGramDepth);
+  const int steps = (work.patches + kGramDepth - 1) / kGramDepth;
   const auto stage_of = [&](int step) { return shared + uint32_t(step % Stages::kStages * Stages::kStageBytes); };
   const auto start = [&](int step) {
     if (step < steps) {
@@ -125,7 +124,7 @@ __global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_gradient(GramWo
   const float* numbers = work.rows + image * kGramRowFields * work.patches;
   const uint32_t alongs = shared + uint32_t(Stages::kStages * Stages::kStageBytes);
   if (thread_index() < Tile) {
-    const int64_t row = row_block * Tile + thread_index();
+    const int row = row_block * Tile + thread_index();
     float sum = 0.f;
     if (row < work.patches) {
       const float* along = work.along + image * work.blocks * work.blocks * Tile + row;
@@ -136,12 +135,22 @@ __global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_gradient(GramWo
   }
 
   float sums[MT][NT][4] = {};
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+  const auto next = [&](int step) {
     copy_async_wait<Stages::kStages - 2>();
     block_barrier();  // step `step` is there for all, and none still reads step `step - 1`, whose place is filled next
     start(step + Stages::kStages - 1);
-    add_gradient_step<Tile, Parts>(sums, stage_of(step), int64_t(step) * kGramDepth / Tile > row_block);
+  };
+  const int below = (row_block + 1) * (Tile / kGramDepth);  // steps up to the diagonal block
+  const int first_above = below < steps ? below : steps;
+#pragma unroll 1
+  for (int step = 0; step < first_above; ++step) {
+    next(step);
+    add_gradient_step<Tile, Parts, false>(sums, stage_of(step));
+  }
+#pragma unroll 1
+  for (int step = first_above; step < steps; ++step) {
+    next(step);
+    add_gradient_step<Tile, Parts, true>(sums, stage_of(step));
   }
 
   const uint16_t* packed = work.student + image * Parts * work.patches * work.packed_width;
@@ -150,19 +159,19 @@ __global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_gradient(GramWo
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row_in_tile = Layout::row() + 16 * m + accumulator_row(2 * half);
-      const int64_t row = row_block * Tile + row_in_tile;
+      const int row = row_block * Tile + row_in_tile;
       if (row >= work.patches) continue;
       const float along = load_shared<float>(alongs + uint32_t(4 * row_in_tile));
       const float scale = work.coefficient * load_global(numbers + kStudentScale * work.patches + row);
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
-        const int64_t column = first_column + Layout::column() + accumulator_column(n, 0);
+        const int column = first_column + Layout::column() + accumulator_column(n, 0);
         if (column >= work.width) continue;
-        const uint16_t* place = packed + row * work.packed_width + column;
+        const uint16_t* place = packed + int64_t(row) * work.packed_width + column;
         float2 x = unpack<kGramElement>(load_global(reinterpret_cast<const uint32_t*>(place)));
         if constexpr (Parts == 2) {
           const float2 low = unpack<kGramElement>(
-              load_global(reinterpret_cast<const uint32_t*>(place + work.patches * work.packed_width)));
+              load_global(reinterpret_cast<const uint32_t*>(place + int64_t(work.patches) * work.packed_width)));
           x.x += low.x, x.y += low.y;
         }
         store_pair(work, (image * work.patches + row) * work.width + column,

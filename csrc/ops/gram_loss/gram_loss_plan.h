@@ -10,6 +10,9 @@ namespace dinov3_ext {
 // Per row of an image: four numbers of the student, two of the teacher (gram_loss_cuda.cuh says which).
 inline constexpr int kGramRowFields = 6;
 
+// Row numbers and grids are int; the column blocks of a gradient are a grid's second axis.
+inline constexpr int64_t kGramMostPatches = int64_t(1) << 22, kGramMostWidth = 65535 * 64;
+
 struct GramPlan {
   int tile;               // rows and columns of a similarity tile, 64 or 128
   int parts;              // 16-bit numbers that hold one feature: 1, or 2 where a feature is fp32

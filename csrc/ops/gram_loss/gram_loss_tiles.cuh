@@ -28,7 +28,7 @@ template <int Tile, int Parts>
 __device__ __forceinline__ void start_features(const GramWork& work, const uint16_t* rows, const uint16_t* columns,
                                                int valid_rows, int valid_columns, uint32_t stage) {
   constexpr int kThreads = GramTile<Tile>::kThreads, kBytes = GramTiles<Tile, Parts>::kOperandBytes;
-  const int64_t plane = work.patches * work.packed_width;
+  const int64_t plane = int64_t(work.patches) * work.packed_width;
 #pragma unroll
   for (int part = 0; part < Parts; ++part) {
     copy_tile_async<Tile, kThreads>(dinov3_ext::Tile<kGramDepth>{stage + uint32_t(part * kBytes)}, rows + part * plane,
@@ -49,18 +49,21 @@ __device__ __forceinline__ void add_step(float (&sums)[MT][NT][4], uint32_t stag
   using Operand = dinov3_ext::Tile<kGramDepth>;
   constexpr uint32_t kBytes = GramTiles<Tile, Parts>::kOperandBytes;
   const uint32_t right = diagonal ? stage : stage + Parts * kBytes;
-#pragma unroll
+#pragma unroll 1  // unrolled, the larger tile with two parts spills up to 32 bytes
   for (int k = 0; k < kGramDepth; k += 32 / Parts) {
     const int second = Parts == 2 ? k : k + 16;  // the low part, or the next 16 columns
     const uint32_t low = Parts == 2 ? kBytes : 0;
     uint32_t b[2][NT / 2][4];
     load_right_rows<NT>(b[0], Operand{right}, Layout::column(), k);
     load_right_rows<NT>(b[1], Operand{right + low}, Layout::column(), second);
+    // 16 rows on, a tile's addresses are 16 rows' bytes on.
+    const uint32_t first = left_address(Operand{stage}, Layout::row(), k, lane_index());
+    const uint32_t other = left_address(Operand{stage + low}, Layout::row(), second, lane_index());
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
       uint32_t a[2][4];
-      load_matrices(a[0], left_address(Operand{stage}, Layout::row() + 16 * m, k, lane_index()));
-      load_matrices(a[1], left_address(Operand{stage + low}, Layout::row() + 16 * m, second, lane_index()));
+      load_matrices(a[0], first + uint32_t(16 * m * Operand::kRowBytes));
+      load_matrices(a[1], other + uint32_t(16 * m * Operand::kRowBytes));
       add_products<Parts>(sums[m], a, b);
     }
   }
@@ -116,25 +119,25 @@ __device__ __forceinline__ void store_entries(uint16_t* to, uint32_t shared) {
   }
 }
 
-// grid (images tiles)
+// grid (tiles, images)
 template <int Tile, int Parts>
 __global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_tiles(GramWork work) {
   using Layout = GramTile<Tile>;
   using Stages = GramTiles<Tile, Parts>;
   constexpr int MT = Layout::MT, NT = Layout::NT;
-  const int64_t image = block_index<0>() / work.tiles, index = block_index<0>() % work.tiles;
-  int64_t row_block, column_block;
+  const int index = int(block_index<0>());
+  const int64_t image = block_index<1>();
+  int row_block, column_block;
   triangle_place(index, row_block, column_block);
   const bool diagonal = row_block == column_block;
   const uint32_t shared = shared_base();
 
-  float student[MT][NT][4] = {}, teacher[MT][NT][4] = {};
-  const int depth_steps = int((work.width + kGramDepth - 1) / kGramDepth), steps = 2 * depth_steps;
+  const int depth_steps = (work.width + kGramDepth - 1) / kGramDepth, steps = 2 * depth_steps;
   const auto stage_of = [&](int step) { return shared + uint32_t(step % Stages::kStages * Stages::kStageBytes); };
   const uint16_t* const packed = work.student + image * Parts * work.patches * work.packed_width;
-  const uint16_t* const rows = packed + row_block * Tile * work.packed_width;
-  const uint16_t* const columns = packed + column_block * Tile * work.packed_width;
-  const int valid_rows = int(work.patches - row_block * Tile), valid_columns = int(work.patches - column_block * Tile);
+  const uint16_t* const rows = packed + int64_t(row_block * Tile) * work.packed_width;
+  const uint16_t* const columns = packed + int64_t(column_block * Tile) * work.packed_width;
+  const int valid_rows = work.patches - row_block * Tile, valid_columns = work.patches - column_block * Tile;
   const auto start = [&](int step) {
     if (step < steps) {
       const int64_t offset = step < depth_steps ? int64_t(step) * kGramDepth
@@ -150,11 +153,13 @@ __global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_tiles(GramWork 
     block_barrier();  // step `step` is there for all, and none still reads step `step - 1`, whose place is filled next
     start(step + Stages::kStages - 1);
   };
+  float student[MT][NT][4] = {};
 #pragma unroll 1
   for (int step = 0; step < depth_steps; ++step) {
     next(step);
     add_step<Tile, Parts>(student, stage_of(step), diagonal);
   }
+  float teacher[MT][NT][4] = {};  // not before: 64 registers
 #pragma unroll 1
   for (int step = depth_steps; step < steps; ++step) {
     next(step);
@@ -163,18 +168,18 @@ __global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_tiles(GramWork 
   block_barrier();  // shared memory is free
 
   // Rows behind the last have the inverse norm zero: their similarities and all that follows are zero.
-  const float* numbers = work.rows + image * kGramRowFields * work.patches;
-  const auto number = [&](int field, int64_t row) {
-    return row < work.patches ? load_global(numbers + field * work.patches + row) : 0.f;
+  const float* const numbers = work.rows + image * kGramRowFields * work.patches;
+  const auto number = [&](int field, int block, int row, int valid) {
+    return row < valid ? load_global(numbers + int64_t(field) * work.patches + block * Tile + row) : 0.f;
   };
-  const int64_t first_row = row_block * Tile + Layout::row(), first_column = column_block * Tile + Layout::column();
   float column_inverse[NT][2], column_inverse_teacher[NT][2], column_along[NT][2] = {};
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
-      column_inverse[n][q] = number(kStudentInverse, first_column + accumulator_column(n, q));
-      column_inverse_teacher[n][q] = number(kTeacherInverse, first_column + accumulator_column(n, q));
+      const int column = Layout::column() + accumulator_column(n, q);
+      column_inverse[n][q] = number(kStudentInverse, column_block, column, valid_columns);
+      column_inverse_teacher[n][q] = number(kTeacherInverse, column_block, column, valid_columns);
     }
   }
   // Behind the place of F: sums of each warp, for t of the rows and of the columns, and losses.
@@ -186,8 +191,12 @@ __global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_tiles(GramWork 
   for (int m = 0; m < MT; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = first_row + 16 * m + accumulator_row(2 * half);
-      const float row_inverse = number(kStudentInverse, row), row_inverse_teacher = number(kTeacherInverse, row);
+      const int row = Layout::row() + 16 * m + accumulator_row(2 * half);
+      const float row_inverse = number(kStudentInverse, row_block, row, valid_rows);
+      const float row_inverse_teacher = number(kTeacherInverse, row_block, row, valid_rows);
+      // Of a row with itself: without the rounding of the norms.
+      const float self = diagonal ? number(kStudentSelf, row_block, row, valid_rows) : 0.f;
+      const float self_teacher = diagonal ? number(kTeacherSelf, row_block, row, valid_rows) : 0.f;
       float squares = 0.f, row_along = 0.f;
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
@@ -196,9 +205,7 @@ __global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_tiles(GramWork 
           float& entry = student[m][n][2 * half + q];
           float s = entry * row_inverse * column_inverse[n][q];
           float t = teacher[m][n][2 * half + q] * row_inverse_teacher * column_inverse_teacher[n][q];
-          if (diagonal && row == first_column + accumulator_column(n, q)) {
-            s = number(kStudentSelf, row), t = number(kTeacherSelf, row);  // without the rounding of the norms
-          }
+          if (diagonal && row == Layout::column() + accumulator_column(n, q)) s = self, t = self_teacher;
           const float kept = s < work.lowest_student ? work.lowest_student : s;
           const float difference = kept - (t < work.lowest_teacher ? work.lowest_teacher : t);
           squares = fmaf(difference, difference, squares);
@@ -211,8 +218,7 @@ __global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_tiles(GramWork 
       loss += squares;
       row_along = sum_of_row(row_along);
       if ((lane_index() & 3) == 0) {
-        const int place = warp_index() / Layout::kDown * Tile + Layout::row() + 16 * m + accumulator_row(2 * half);
-        store_shared(row_sums + uint32_t(4 * place), row_along);
+        store_shared(row_sums + uint32_t(4 * (warp_index() / Layout::kDown * Tile + row)), row_along);
       }
     }
   }
@@ -236,7 +242,7 @@ __global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_tiles(GramWork 
     loss = 0.f;
 #pragma unroll
     for (int warp = 0; warp < Layout::kThreads / 32; ++warp) loss += load_shared<float>(losses + uint32_t(4 * warp));
-    store_global(work.losses + block_index<0>(), diagonal ? loss : 2.f * loss);
+    store_global(work.losses + image * work.tiles + index, diagonal ? loss : 2.f * loss);
   }
   if (!work.entries) return;
   if (thread_index() < Tile) {
@@ -250,10 +256,10 @@ __global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_tiles(GramWork 
       down += load_shared<float>(column_sums + uint32_t(4 * (i * Tile + thread_index())));
     }
     float* along = work.along + image * work.blocks * work.blocks * Tile + thread_index();
-    store_global(along + (column_block * work.blocks + row_block) * Tile, across);
-    if (!diagonal) store_global(along + (row_block * work.blocks + column_block) * Tile, down);
+    store_global(along + (int64_t(column_block) * work.blocks + row_block) * Tile, across);
+    if (!diagonal) store_global(along + (int64_t(row_block) * work.blocks + column_block) * Tile, down);
   }
-  store_entries<Tile, Parts>(work.entries + block_index<0>() * Parts * Tile * Tile, shared);
+  store_entries<Tile, Parts>(work.entries + (image * work.tiles + index) * Parts * Tile * Tile, shared);
 }
 
 }  // namespace dinov3_ext

@@ -6,6 +6,7 @@
 #include "binding/device.h"
 #include "binding/ops.h"
 #include "ops/gram_loss/gram_loss.h"
+#include "ops/gram_loss/gram_loss_plan.h"
 
 namespace dinov3_ext {
 namespace {
@@ -54,6 +55,9 @@ std::tuple<Tensor, Tensor> gram_loss(const Tensor& student, const Tensor& teache
                 .patches = student.size(1),
                 .width = student.size(2),
                 .clip = clip_of(clip)};
+  STD_TORCH_CHECK(args.patches <= kGramMostPatches && args.width <= kGramMostWidth, kOp,
+                  ": student must have N <= ", kGramMostPatches, " and D <= ", kGramMostWidth, "; got (", args.images,
+                  ", ", args.patches, ", ", args.width, ")");
   const ScalarType type = scalar_type(gram_grad_element(args.student.element));
   Tensor loss = empty(student, {}, ScalarType::Float);
   Tensor grad = gradient ? empty(student, {args.images, args.patches, args.width}, type) : empty(student, {0}, type);
