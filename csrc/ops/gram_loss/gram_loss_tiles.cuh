@@ -121,7 +121,7 @@ __device__ __forceinline__ void store_entries(uint16_t* to, uint32_t shared) {
 
 // grid (tiles, images)
 template <int Tile, int Parts>
-__global__ void __launch_bounds__(GramTile<Tile>::kThreads) gram_tiles(GramWork work) {
+__global__ void __launch_bounds__(GramTile<Tile>::kThreads, Tile == 64 ? 3 : 1) gram_tiles(GramWork work) {
   using Layout = GramTile<Tile>;
   using Stages = GramTiles<Tile, Parts>;
   constexpr int MT = Layout::MT, NT = Layout::NT;
