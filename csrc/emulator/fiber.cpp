@@ -5,7 +5,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#if defined(__x86_64__)
+#if defined(DINOV3_EXT_SWITCH)
 // Callee-saved registers on the old stack, the stack pointer swapped, the same registers off the new one.
 extern "C" void dinov3_ext_emulator_switch(void** save, void* load);
 asm(R"(
@@ -40,7 +40,7 @@ void prepare(Context& to, void* stack, size_t size, void (*entry)()) {
   __asan_unpoison_memory_region(stack, size);  // what an abandoned block left behind
   to.bottom = stack, to.size = size, to.fake_stack = nullptr;
 #endif
-#if defined(__x86_64__)
+#if defined(DINOV3_EXT_SWITCH)
   // At the entry of a function the stack pointer is 8 behind a multiple of 16: six registers, then the return address.
   void** top = reinterpret_cast<void**>(static_cast<char*>(stack) + size) - 2;
   *top = reinterpret_cast<void*>(entry);
@@ -73,7 +73,7 @@ void switch_context(Context& from, Context& to, [[maybe_unused]] bool last) {
   left = &from;
   __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.bottom, to.size);
 #endif
-#if defined(__x86_64__)
+#if defined(DINOV3_EXT_SWITCH)
   dinov3_ext_emulator_switch(&from.stack_pointer, to.stack_pointer);
 #else
   swapcontext(&from.context, &to.context);

@@ -4,14 +4,16 @@
 #include <cstddef>
 #include <cstdint>
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DINOV3_EXT_UCONTEXT)
+#define DINOV3_EXT_SWITCH  // hand-written
+#else
 #include <ucontext.h>
 #endif
 
 namespace dinov3_ext::emulator {
 
 struct Context {
-#if defined(__x86_64__)
+#if defined(DINOV3_EXT_SWITCH)
   void* stack_pointer = nullptr;
 #else
   ucontext_t context;
