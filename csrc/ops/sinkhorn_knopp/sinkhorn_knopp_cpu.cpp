@@ -5,95 +5,108 @@
 #include <limits>
 #include <memory>
 
+#include "core/cpu_logits.h"
 #include "core/cpu_variant.h"
-#include "core/cpu_vector.h"
 #include "ops/sinkhorn_knopp/sinkhorn_knopp.h"
 
 namespace dinov3_ext {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr int64_t kRowsAtOnce = 8;        // rows between two corrections of the running column maximum
-constexpr int64_t kColumnsAtOnce = 1024;  // columns whose partial sum is taken before it joins the row's sum
+constexpr int64_t kRowsAtOnce = 8;              // rows between two corrections of the running column maximum
+constexpr int64_t kColumnsAtOnce = 1024;        // columns whose partial sum is taken before it joins the row's sum
+constexpr int64_t kRowsKept = 4;                // rows whose exponentials are kept until they join the column sums
+constexpr int64_t kExponentialsKept = 1 << 18;  // 1 MB, half of a second-level cache
 constexpr float kSmallest = 0x1p-60f, kLargest = 0x1p60f;  // row sums outside: the guess of the shift was not good
 
-int64_t bytes(Element element) { return element == Element::float32 ? 4 : 2; }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const void* row_of(const SinkhornLogits& logits, int64_t row) {
-  return static_cast<const char*>(logits.data) + row * logits.row_stride * bytes(logits.element);
+  return static_cast<const char*>(logits.data) + row * logits.row_stride * size_of(logits.element);
 }
 
-// ---- column sums: a tile of columns, all rows ----------------------------------------------------------------------
+// ---- column sums: a tile of columns, all rows ----
 
-// Adds up to kRowsAtOnce rows to the running maximum (in units of log2) and sum of one vector of columns.
+// Adds up to kRowsAtOnce rows to the running maxima (in units of log2) and sums of 2W columns.
 template <Element E, int W>
-DINOV3_EXT_INLINE void column_step(const SinkhornColumnSums& args, int64_t first, int64_t rows, int64_t column,
-                                   int64_t count) {
+DINOV3_EXT_INLINE void column_step(const SinkhornLogits& logits, int64_t first, int64_t rows, int64_t column,
+                                   int64_t count, float* maxima, float* sums) {
   using Float = typename Vector<W>::Float;
   const Float lowest = splat<W>(-std::numeric_limits<float>::infinity()), zero = splat<W>(0.f);
-  const bool start = first == 0, whole = count == W;
-  Float before = lowest, sum = zero;
-  if (!start) before = whole ? load<W>(args.maxima + column) : load_tail<W>(args.maxima + column, count);
-  if (!start) sum = whole ? load<W>(args.sums + column) : load_tail<W>(args.sums + column, count);
-  Float x[kRowsAtOnce], maximum = before;
+  Two<W> before{lowest, lowest}, sum{zero, zero}, x[kRowsAtOnce];
+  if (first > 0) before = load_two_of<E, W>(maxima), sum = load_two_of<E, W>(sums);
+  Two<W> maximum = before;
   for (int64_t i = 0; i < rows; ++i) {
-    const void* row = row_of(args.logits, first + i);
-    x[i] = whole ? load_element<E, W>(row, column) : load_element_tail<E, W>(row, column, count);
-    x[i] *= args.logits.scale;
-    maximum = larger<W>(maximum, x[i]);
+    const void* row = row_of(logits, first + i);
+    x[i] = count == 2 * W ? load_two<E, W>(row, column) : load_two_tail<E, W>(row, column, count);
+    x[i].first *= logits.scale, x[i].second *= logits.scale;
+    maximum.first = larger<W>(maximum.first, x[i].first);
+    maximum.second = larger<W>(maximum.second, x[i].second);
   }
-  const Float shift = maximum == lowest ? zero : maximum;  // -inf - -inf would be NaN
-  Float added = zero;
-  for (int64_t i = 0; i < rows; ++i) added += exp2<W>(x[i] - shift);
-  store_tail<W>(args.maxima + column, maximum, count);
-  store_tail<W>(args.sums + column, sum * exp2<W>(before - shift) + added, count);
+  // -inf - -inf would be NaN
+  const Two<W> shift{maximum.first == lowest ? zero : maximum.first, maximum.second == lowest ? zero : maximum.second};
+  sum.first *= exp2_flushed<W>(before.first - shift.first);
+  sum.second *= exp2_flushed<W>(before.second - shift.second);
+  for (int64_t i = 0; i < rows; ++i) {
+    sum.first += exp2_flushed<W>(x[i].first - shift.first);
+    sum.second += exp2_flushed<W>(x[i].second - shift.second);
+  }
+  store_two_of<E, W>(maxima, maximum);
+  store_two_of<E, W>(sums, sum);
 }
 
 // A tile of columns: all rows, a few at a time, so that each row is read in long runs.
 template <Element E, int W>
 DINOV3_EXT_INLINE void column_tile(const SinkhornColumnSums& args, int64_t begin, int64_t end) {
-  const int64_t whole = begin + (end - begin) / W * W;
+  const int64_t whole = begin + (end - begin) / (2 * W) * (2 * W);
+  float maxima[2 * W] = {}, sums[2 * W] = {};  // of the last columns
   for (int64_t first = 0; first < args.logits.rows; first += kRowsAtOnce) {
-    if (const int64_t rows = args.logits.rows - first; rows >= kRowsAtOnce) {
-      for (int64_t k = begin; k < whole; k += W) column_step<E, W>(args, first, kRowsAtOnce, k, W);
-      if (whole < end) column_step<E, W>(args, first, kRowsAtOnce, whole, end - whole);
-    } else {
-      for (int64_t k = begin; k < whole; k += W) column_step<E, W>(args, first, rows, k, W);
-      if (whole < end) column_step<E, W>(args, first, rows, whole, end - whole);
+    const int64_t rows = std::min(kRowsAtOnce, args.logits.rows - first);
+    for (int64_t k = begin; k < whole; k += 2 * W) {
+      if (rows == kRowsAtOnce) {
+        column_step<E, W>(args.logits, first, kRowsAtOnce, k, 2 * W, args.maxima + k, args.sums + k);
+      } else {
+        column_step<E, W>(args.logits, first, rows, k, 2 * W, args.maxima + k, args.sums + k);
+      }
     }
+    if (whole < end) column_step<E, W>(args.logits, first, rows, whole, end - whole, maxima, sums);
   }
+  std::copy(maxima, maxima + (end - whole), args.maxima + whole);
+  std::copy(sums, sums + (end - whole), args.sums + whole);
   for (int64_t k = begin; k < end; ++k) {
     if (args.logits.rows == 0) args.sums[k] = 0;
     args.maxima[k] = args.logits.rows == 0 ? -std::numeric_limits<float>::infinity() : args.maxima[k] * kLn2;
   }
 }
 
-// ---- row sums, and the next round's column sums: a block of rows, all columns ---------------------------------------
+// ---- row sums, and the next round's column sums: a block of rows, all columns ----
 
-// exp2(scale x + log2(e) columns + shift) over a row: the sum; stored in `exponentials` unless that is null.
+// exp2(scale x + log2(e) columns + shift) over a row: the sum. Stored in `exponentials` unless that is null, in the
+// order of load_two but for the last columns, less than 2W, which are in their own.
 template <Element E, int W>
 DINOV3_EXT_INLINE float row_sum(const SinkhornLogits& logits, const void* row, const float* columns, float shift,
                                 float* exponentials) {
   using Float = typename Vector<W>::Float;
-  const int64_t whole = logits.prototypes / W * W;
+  const int64_t whole = logits.prototypes / (2 * W) * (2 * W);
   float total = 0;
   for (int64_t first = 0; first < whole; first += kColumnsAtOnce) {
     const int64_t last = std::min(first + kColumnsAtOnce, whole);
     Float sum = splat<W>(0.f);
-    for (int64_t k = first; k < last; k += W) {
-      const Float e = exp2<W>(load_element<E, W>(row, k) * logits.scale + (load<W>(columns + k) * kLog2E + shift));
-      if (exponentials) store<W>(exponentials + k, e);
-      sum += e;
+    for (int64_t k = first; k < last; k += 2 * W) {
+      const Two<W> x = load_two<E, W>(row, k), c = load_two_of<E, W>(columns + k);
+      const Float a = exp2_flushed<W>(exponent<W>(logits.scale, x.first, kLog2E, c.first, shift));
+      const Float b = exp2_flushed<W>(exponent<W>(logits.scale, x.second, kLog2E, c.second, shift));
+      if (exponentials) store<W>(exponentials + k, a), store<W>(exponentials + k + W, b);
+      sum += a + b;
     }
     total += sum_lanes<W>(sum);
   }
-  if (const int64_t rest = logits.prototypes - whole) {
-    const Float x = load_element_tail<E, W>(row, whole, rest) * logits.scale;
-    const Float e =
-        keep_first<W>(exp2<W>(x + (load_tail<W>(columns + whole, rest) * kLog2E + shift)), rest, splat<W>(0.f));
-    if (exponentials) store_tail<W>(exponentials + whole, e, rest);
-    total += sum_lanes<W>(e);
+  for (int64_t k = whole; k < logits.prototypes; k += W) {
+    const int64_t rest = std::min<int64_t>(W, logits.prototypes - k);
+    const Float x = load_element_tail<E, W>(row, k, rest);
+    const Float e = exp2_flushed<W>(exponent<W>(logits.scale, x, kLog2E, load_tail<W>(columns + k, rest), shift));
+    const Float kept = keep_first<W>(e, rest, splat<W>(0.f));
+    if (exponentials) store_tail<W>(exponentials + k, kept, rest);
+    total += sum_lanes<W>(kept);
   }
   return total;
 }
@@ -102,114 +115,145 @@ template <Element E, int W>
 DINOV3_EXT_INLINE float row_maximum(const SinkhornLogits& logits, const void* row, const float* columns) {
   using Float = typename Vector<W>::Float;
   const float infinity = std::numeric_limits<float>::infinity();
-  const int64_t whole = logits.prototypes / W * W;
   Float maximum = splat<W>(-infinity);
-  for (int64_t k = 0; k < whole; k += W) {
-    maximum = larger<W>(maximum, load_element<E, W>(row, k) * logits.scale + load<W>(columns + k) * kLog2E);
-  }
-  if (const int64_t rest = logits.prototypes - whole) {
-    const Float x =
-        load_element_tail<E, W>(row, whole, rest) * logits.scale + load_tail<W>(columns + whole, rest) * kLog2E;
-    maximum = larger<W>(maximum, keep_first<W>(x, rest, splat<W>(-infinity)));
+  for (int64_t k = 0; k < logits.prototypes; k += W) {
+    const int64_t rest = std::min<int64_t>(W, logits.prototypes - k);
+    const Float x = rest == W ? load_element<E, W>(row, k) : load_element_tail<E, W>(row, k, rest);
+    const Float c = rest == W ? load<W>(columns + k) : load_tail<W>(columns + k, rest);
+    const Float e = exponent<W>(logits.scale, x, kLog2E, c, 0.f);
+    maximum = larger<W>(maximum, rest == W ? e : keep_first<W>(e, rest, splat<W>(-infinity)));
   }
   float highest = -infinity;
   for (int lane = 0; lane < W; ++lane) highest = maximum[lane] > highest ? maximum[lane] : highest;
   return highest;
 }
 
-template <int W>
-DINOV3_EXT_INLINE void add_scaled(float* sums, const float* exponentials, float factor, int64_t count, bool first) {
+// sums (+)= the sum over `Rows` rows of factors[i] exponentials[i].
+template <int W, int Rows>
+DINOV3_EXT_INLINE void add_scaled(float* sums, const float* exponentials, int64_t pitch, const float* factors,
+                                  int64_t count, bool add) {
   const int64_t whole = count / W * W;
   for (int64_t k = 0; k < whole; k += W) {
-    const auto before = first ? splat<W>(0.f) : load<W>(sums + k);
-    store<W>(sums + k, load<W>(exponentials + k) * factor + before);
+    auto sum = add ? load<W>(sums + k) : splat<W>(0.f);
+    for (int i = 0; i < Rows; ++i) sum += load<W>(exponentials + i * pitch + k) * factors[i];
+    store<W>(sums + k, sum);
   }
-  for (int64_t k = whole; k < count; ++k) sums[k] = exponentials[k] * factor + (first ? 0.f : sums[k]);
+  for (int64_t k = whole; k < count; ++k) {
+    float sum = add ? sums[k] : 0.f;
+    for (int i = 0; i < Rows; ++i) sum += exponentials[i * pitch + k] * factors[i];
+    sums[k] = sum;
+  }
 }
 
-// Rows [begin, end): their potentials, and their share of the column sums into `partial` (prototypes,) unless null.
+int64_t pitch_of(int64_t prototypes) { return divide_up(prototypes, 16) * 16 + 16; }
+int64_t rows_kept(int64_t prototypes) {
+  return pitch_of(prototypes) * kRowsKept <= kExponentialsKept + 256 ? kRowsKept : 1;
+}
+
+// Rows [begin, end): their potentials, and their share of the column sums into `partial` (prototypes,) unless null, in
+// the order of row_sum. `exponentials`: space for rows_kept rows.
 template <Element E, int W>
 DINOV3_EXT_INLINE void row_block(const SinkhornRowSums& args, int64_t begin, int64_t end, float* partial,
                                  float* exponentials) {
   const SinkhornLogits& logits = args.logits;
-  for (int64_t row = begin; row < end; ++row) {
-    const void* x = row_of(logits, row);
-    float shift = args.previous[row] * kLog2E;
-    float sum = row_sum<E, W>(logits, x, args.columns, shift, exponentials);
-    if (!(sum >= kSmallest && sum <= kLargest)) {
-      const float maximum = row_maximum<E, W>(logits, x, args.columns);
-      shift = maximum > -std::numeric_limits<float>::infinity() ? -maximum : 0.f;
-      sum = row_sum<E, W>(logits, x, args.columns, shift, exponentials);
+  const int64_t pitch = pitch_of(logits.prototypes), group = rows_kept(logits.prototypes);
+  float factors[kRowsKept];
+  for (int64_t first = begin; first < end; first += group) {
+    const int64_t rows = std::min(group, end - first);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = first + i;
+      const void* x = row_of(logits, row);
+      float* kept = partial ? exponentials + i * pitch : nullptr;
+      float shift = args.previous[row] * kLog2E;
+      float sum = row_sum<E, W>(logits, x, args.columns, shift, kept);
+      if (!(sum >= kSmallest && sum <= kLargest)) {
+        const float maximum = row_maximum<E, W>(logits, x, args.columns);
+        shift = maximum > -std::numeric_limits<float>::infinity() ? -maximum : 0.f;
+        sum = row_sum<E, W>(logits, x, args.columns, shift, kept);
+      }
+      args.rows[row] = shift * kLn2 - std::log(sum);
+      factors[i] = 1.f / sum;
     }
-    args.rows[row] = shift * kLn2 - std::log(sum);
-    if (partial) add_scaled<W>(partial, exponentials, 1.f / sum, logits.prototypes, row == begin);
+    if (!partial) continue;
+    if (rows == kRowsKept) {
+      add_scaled<W, kRowsKept>(partial, exponentials, pitch, factors, logits.prototypes, first > begin);
+      continue;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const bool add = first + i > begin;
+      add_scaled<W, 1>(partial, exponentials + i * pitch, pitch, factors + i, logits.prototypes, add);
+    }
   }
 }
 
-// ---- one function per instruction set -------------------------------------------------------------------------------
-
-template <int W>
-DINOV3_EXT_INLINE void column_tile_of_any(const SinkhornColumnSums& args, int64_t begin, int64_t end) {
-  switch (args.logits.element) {
-    case Element::float32: return column_tile<Element::float32, W>(args, begin, end);
-    case Element::bfloat16: return column_tile<Element::bfloat16, W>(args, begin, end);
-    case Element::float16: return column_tile<Element::float16, W>(args, begin, end);
+// Columns [begin, end) of the sums, from the partial ones in the order of row_sum; `begin` is a multiple of 2W.
+template <Element E, int W>
+DINOV3_EXT_INLINE void join(const SinkhornRowSums& args, int64_t splits, int64_t begin, int64_t end) {
+  const int64_t prototypes = args.logits.prototypes;
+  const int64_t whole = std::min(end, prototypes / (2 * W) * (2 * W));
+  for (int64_t k = begin; k < whole; k += 2 * W) {
+    Two<W> sum{splat<W>(0.f), splat<W>(0.f)};
+    for (int64_t split = 0; split < splits; ++split) {
+      const float* partial = args.partial + split * prototypes + k;
+      sum.first += load<W>(partial), sum.second += load<W>(partial + W);
+    }
+    store_two_of<E, W>(args.sums + k, sum);
+  }
+  for (int64_t k = std::max(begin, whole); k < end; ++k) {
+    float sum = 0;
+    for (int64_t split = 0; split < splits; ++split) sum += args.partial[split * prototypes + k];
+    args.sums[k] = sum;
   }
 }
 
-template <int W>
-DINOV3_EXT_INLINE void row_block_of_any(const SinkhornRowSums& args, int64_t begin, int64_t end, float* partial,
-                                        float* exponentials) {
-  switch (args.logits.element) {
-    case Element::float32: return row_block<Element::float32, W>(args, begin, end, partial, exponentials);
-    case Element::bfloat16: return row_block<Element::bfloat16, W>(args, begin, end, partial, exponentials);
-    case Element::float16: return row_block<Element::float16, W>(args, begin, end, partial, exponentials);
+// ---- one set of functions per instruction set ----
+
+struct Kernels {
+  void (*column_tile)(const SinkhornColumnSums&, int64_t begin, int64_t end);
+  void (*row_block)(const SinkhornRowSums&, int64_t begin, int64_t end, float* partial, float* exponentials);
+  void (*join)(const SinkhornRowSums&, int64_t splits, int64_t begin, int64_t end);
+};
+
+#define KERNELS_OF(TARGET, NAME, W)                                                                     \
+  template <Element E>                                                                                  \
+  TARGET void column_tile_##NAME(const SinkhornColumnSums& args, int64_t begin, int64_t end) {          \
+    column_tile<E, W>(args, begin, end);                                                                \
+  }                                                                                                     \
+  template <Element E>                                                                                  \
+  TARGET void row_block_##NAME(const SinkhornRowSums& args, int64_t begin, int64_t end, float* partial, \
+                               float* exponentials) {                                                   \
+    row_block<E, W>(args, begin, end, partial, exponentials);                                           \
+  }                                                                                                     \
+  template <Element E>                                                                                  \
+  TARGET void join_##NAME(const SinkhornRowSums& args, int64_t splits, int64_t begin, int64_t end) {    \
+    join<E, W>(args, splits, begin, end);                                                               \
+  }                                                                                                     \
+  template <Element E>                                                                                  \
+  constexpr Kernels kernels_##NAME{column_tile_##NAME<E>, row_block_##NAME<E>, join_##NAME<E>};
+
+KERNELS_OF(, portable, 4)
+#if defined(__x86_64__)
+KERNELS_OF(DINOV3_EXT_AVX2, avx2, 8)
+KERNELS_OF(DINOV3_EXT_AVX512, avx512, 16)
+#endif
+
+template <Element E>
+const Kernels& kernels_here() {
+#if defined(__x86_64__)
+  if (cpu_variant() >= CpuVariant::avx512) return kernels_avx512<E>;
+  if (cpu_variant() >= CpuVariant::avx2) return kernels_avx2<E>;
+#endif
+  return kernels_portable<E>;
+}
+
+const Kernels& kernels_of(Element element) {
+  switch (element) {
+    case Element::float32: return kernels_here<Element::float32>();
+    case Element::bfloat16: return kernels_here<Element::bfloat16>();
+    case Element::float16: break;
   }
+  return kernels_here<Element::float16>();
 }
-
-using ColumnTile = void (*)(const SinkhornColumnSums&, int64_t, int64_t);
-using RowBlock = void (*)(const SinkhornRowSums&, int64_t, int64_t, float*, float*);
-
-void column_tile_portable(const SinkhornColumnSums& args, int64_t begin, int64_t end) {
-  column_tile_of_any<4>(args, begin, end);
-}
-void row_block_portable(const SinkhornRowSums& args, int64_t begin, int64_t end, float* partial, float* exponentials) {
-  row_block_of_any<4>(args, begin, end, partial, exponentials);
-}
-#if defined(__x86_64__)
-DINOV3_EXT_AVX2 void column_tile_avx2(const SinkhornColumnSums& args, int64_t begin, int64_t end) {
-  column_tile_of_any<8>(args, begin, end);
-}
-DINOV3_EXT_AVX2 void row_block_avx2(const SinkhornRowSums& args, int64_t begin, int64_t end, float* partial,
-                                    float* exponentials) {
-  row_block_of_any<8>(args, begin, end, partial, exponentials);
-}
-DINOV3_EXT_AVX512 void column_tile_avx512(const SinkhornColumnSums& args, int64_t begin, int64_t end) {
-  column_tile_of_any<16>(args, begin, end);
-}
-DINOV3_EXT_AVX512 void row_block_avx512(const SinkhornRowSums& args, int64_t begin, int64_t end, float* partial,
-                                        float* exponentials) {
-  row_block_of_any<16>(args, begin, end, partial, exponentials);
-}
-#endif
-
-ColumnTile column_tile_here() {
-#if defined(__x86_64__)
-  if (cpu_variant() >= CpuVariant::avx512) return column_tile_avx512;
-  if (cpu_variant() >= CpuVariant::avx2) return column_tile_avx2;
-#endif
-  return column_tile_portable;
-}
-
-RowBlock row_block_here() {
-#if defined(__x86_64__)
-  if (cpu_variant() >= CpuVariant::avx512) return row_block_avx512;
-  if (cpu_variant() >= CpuVariant::avx2) return row_block_avx2;
-#endif
-  return row_block_portable;
-}
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows of one split: sixteen splits at most, and few in small problems, for each has column sums of its own. Making the
 // exponentials twice instead needs no such workspace but lost: 5.3 against 4.4 ms (128 x 65536 bf16, one AVX-512 core).
@@ -227,16 +271,17 @@ int64_t sinkhorn_splits_cpu(int64_t rows) { return divide_up(rows, rows_of_split
 void sinkhorn_column_sums_cpu(const SinkhornColumnSums& args, ParallelFor parallel_for) {
   struct Task {
     const SinkhornColumnSums& args;
-    ColumnTile tile;
+    const Kernels& kernels;
     int64_t columns;
-  } task{args, column_tile_here(), columns_of_tile(args.logits.prototypes)};
+  } task{args, kernels_of(args.logits.element), columns_of_tile(args.logits.prototypes)};
   parallel_for(
       0, divide_up(args.logits.prototypes, task.columns),
       [](int64_t begin, int64_t end, void* context) {
         const Task& task = *static_cast<const Task*>(context);
+        const FlushDenormals flush;
         for (int64_t tile = begin; tile < end; ++tile) {
           const int64_t first = tile * task.columns;
-          task.tile(task.args, first, std::min(first + task.columns, task.args.logits.prototypes));
+          task.kernels.column_tile(task.args, first, std::min(first + task.columns, task.args.logits.prototypes));
         }
       },
       &task);
@@ -257,19 +302,21 @@ void sinkhorn_finish_cpu(const SinkhornFinish& args, ParallelFor parallel_for) {
 void sinkhorn_row_sums_cpu(const SinkhornRowSums& args, ParallelFor parallel_for) {
   struct Task {
     const SinkhornRowSums& args;
-    RowBlock block;
+    const Kernels& kernels;
     int64_t rows, splits;
-  } task{args, row_block_here(), rows_of_split(args.logits.rows), sinkhorn_splits_cpu(args.logits.rows)};
+  } task{args, kernels_of(args.logits.element), rows_of_split(args.logits.rows), sinkhorn_splits_cpu(args.logits.rows)};
   parallel_for(
       0, task.splits,
       [](int64_t begin, int64_t end, void* context) {
         const Task& task = *static_cast<const Task*>(context);
         const int64_t prototypes = task.args.logits.prototypes;
-        const auto exponentials = std::make_unique_for_overwrite<float[]>(task.args.partial ? prototypes : 0);
+        const FlushDenormals flush;
+        const int64_t kept = task.args.partial ? rows_kept(prototypes) * pitch_of(prototypes) : 0;
+        const auto exponentials = std::make_unique_for_overwrite<float[]>(kept);
         for (int64_t split = begin; split < end; ++split) {
           float* partial = task.args.partial ? task.args.partial + split * prototypes : nullptr;
-          task.block(task.args, split * task.rows, std::min((split + 1) * task.rows, task.args.logits.rows), partial,
-                     partial ? exponentials.get() : nullptr);
+          task.kernels.row_block(task.args, split * task.rows, std::min((split + 1) * task.rows, task.args.logits.rows),
+                                 partial, partial ? exponentials.get() : nullptr);
         }
       },
       &task);
@@ -278,13 +325,7 @@ void sinkhorn_row_sums_cpu(const SinkhornRowSums& args, ParallelFor parallel_for
       0, divide_up(args.logits.prototypes, 4096),
       [](int64_t begin, int64_t end, void* context) {
         const Task& task = *static_cast<const Task*>(context);
-        const int64_t prototypes = task.args.logits.prototypes;
-        const int64_t first = begin * 4096, last = std::min(end * 4096, prototypes);
-        std::fill(task.args.sums + first, task.args.sums + last, 0.f);
-        for (int64_t split = 0; split < task.splits; ++split) {
-          const float* partial = task.args.partial + split * prototypes;
-          for (int64_t k = first; k < last; ++k) task.args.sums[k] += partial[k];
-        }
+        task.kernels.join(task.args, task.splits, begin * 4096, std::min(end * 4096, task.args.logits.prototypes));
       },
       &task);
 }
