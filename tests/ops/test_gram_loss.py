@@ -5,7 +5,7 @@ import torch
 from accuracy import assert_accurate
 from torch import Tensor
 
-from dinov3_ext import explain, gram_loss, gram_loss_reference, use
+from dinov3_ext import build_info, explain, gram_loss, gram_loss_reference, use
 
 CLIPS = ["none", "both", "teacher"]
 
@@ -135,3 +135,21 @@ def test_errors_name_the_rule() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_explain_names_the_kernel_and_its_tiles() -> None:
+    assert explain("gram_loss", dtype=torch.float64).path == "composition"
+    assert explain("gram_loss", device="meta").path == "composition"
+    info = build_info()
+    if info["cuda"] is None:
+        assert explain("gram_loss", device="cuda").path == "composition"
+        return
+    for dtype, shape, wanted in [
+        (torch.float32, (128, 256, 1024), "tiles of 128 x 128, 3 an image"),
+        (torch.bfloat16, (16, 2304, 1024), "1 images at a time"),
+        (torch.float16, (4, 49, 384), "tiles of 64 x 64, 1 an image"),
+    ]:
+        path = explain("gram_loss", device="cuda", architecture="sm_90", dtype=dtype, shape=shape)
+        assert path.path == "kernel"
+        assert wanted in path.reason
+        assert ("pairs of fp16 numbers" in path.reason) == (dtype is torch.float32)
