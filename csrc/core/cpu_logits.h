@@ -38,6 +38,16 @@ DINOV3_EXT_INLINE Two<W> load_two(const void* base, int64_t index) {
   }
 }
 
+// Asks for the line of the 2W elements from `index` on. Where several rows are read in turn, a page of each, the
+// processor's own prefetching starts anew with every page.
+template <Element E, int W>
+DINOV3_EXT_INLINE void prefetch_two(const void* base, int64_t index) {
+  constexpr int64_t size = E == Element::float32 ? 4 : 2;
+  const char* from = static_cast<const char*>(base) + index * size;
+  __builtin_prefetch(from);
+  if constexpr (2 * W * size > 64) __builtin_prefetch(from + 64);
+}
+
 // The last `count` < 2W elements of a row, zero behind them.
 template <Element E, int W>
 DINOV3_EXT_INLINE Two<W> load_two_tail(const void* base, int64_t index, int64_t count) {

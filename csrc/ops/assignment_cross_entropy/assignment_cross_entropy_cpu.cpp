@@ -52,16 +52,22 @@ struct Exponents {
 struct Assignments {
   const void* row;
   const float* columns;
-  float scale, base, stretch, shift, rest;
+  float scale, base, stretch, shift;
 
-  Assignments(const AssignmentProblem& problem, int64_t view, int64_t image) {
-    const Exponents exponents(problem.teacher_temperature);
-    row = row_of(problem.teacher, problem.element, view, image);
-    columns = problem.columns;
-    scale = exponents.scale, base = exponents.base, stretch = exponents.stretch;
-    const double exact = double(base) * problem.rows[view * problem.images + image];
-    shift = float(exact);
-    rest = std::isfinite(shift) ? float(std::exp2(exact - shift)) : 1.f;
+  Assignments(const AssignmentProblem& problem, const Exponents& exponents, int64_t view, int64_t image)
+      : row(row_of(problem.teacher, problem.element, view, image)),
+        columns(problem.columns),
+        scale(exponents.scale),
+        base(exponents.base),
+        stretch(exponents.stretch),
+        shift(float(exact_shift(problem, exponents, view, image))) {}
+
+  static double exact_shift(const AssignmentProblem& problem, const Exponents& exponents, int64_t view, int64_t image) {
+    return double(exponents.base) * problem.rows[view * problem.images + image];
+  }
+  static double rest(const AssignmentProblem& problem, const Exponents& exponents, int64_t view, int64_t image) {
+    const double exact = exact_shift(problem, exponents, view, image), rest = exact - float(exact);
+    return std::isfinite(rest) ? std::exp2(rest) : 1;
   }
 };
 
@@ -77,6 +83,7 @@ DINOV3_EXT_INLINE float assignments(const Assignments& of, int64_t begin, int64_
     Two<W> x, columns;
     if (end - k >= 2 * W) {
       x = load_two<E, W>(of.row, k);
+      prefetch_two<E, W>(of.row, k + kColumnsAtOnce);
       columns = load_two_of<E, W>(of.columns + k);
     } else {
       x = load_two_tail<E, W>(of.row, k, end - k);
@@ -130,6 +137,7 @@ DINOV3_EXT_INLINE void add_block(const void* row, float scale, float shift, int6
   const int64_t whole = begin + (end - begin) / (2 * W) * (2 * W);
   for (int64_t k = begin; k < whole; k += 2 * W) {
     const Two<W> x = load_two<E, W>(row, k);
+    if constexpr (Sum) prefetch_two<E, W>(row, k + kColumnsAtOnce);
     const Two<W> t{exponent<W>(scale, x.first, -shift), exponent<W>(scale, x.second, -shift)};
     if constexpr (Sum) sum.first += exp2_flushed<W>(t.first), sum.second += exp2_flushed<W>(t.second);
     for (int v = 0; v < Views; ++v) {
@@ -162,8 +170,9 @@ DINOV3_EXT_INLINE void add_block(const void* row, float scale, float shift, int6
 // One image, columns [begin, end), student crops [first, last) with the shifts of those crops; `p`: space for
 // (views, kColumnsAtOnce).
 template <Element E, int W>
-DINOV3_EXT_INLINE void forward_segment(const AssignmentProblem& problem, int64_t image, int64_t begin, int64_t end,
-                                       int64_t first, int64_t last, const float* shifts, Share* shares, float* p) {
+DINOV3_EXT_INLINE void forward_segment(const AssignmentProblem& problem, const Exponents& exponents, int64_t image,
+                                       int64_t begin, int64_t end, int64_t first, int64_t last, const float* shifts,
+                                       Share* shares, float* p) {
   const int64_t views = problem.teacher.crops;
   for (int64_t c = first; c < last; ++c) {
     shares[c].sum = 0;
@@ -172,7 +181,8 @@ DINOV3_EXT_INLINE void forward_segment(const AssignmentProblem& problem, int64_t
   for (int64_t k = begin; k < end; k += kColumnsAtOnce) {
     const int64_t behind = std::min(k + kColumnsAtOnce, end);
     for (int64_t v = 0; v < views; ++v) {
-      const float mass = assignments<E, W>(Assignments(problem, v, image), k, behind, p + v * kColumnsAtOnce);
+      const float mass =
+          assignments<E, W>(Assignments(problem, exponents, v, image), k, behind, p + v * kColumnsAtOnce);
       for (int64_t c = first; c < last; ++c) shares[c].masses[v] += mass;
     }
     for (int64_t c = first; c < last; ++c) {
@@ -206,6 +216,7 @@ DINOV3_EXT_INLINE void gradient_block(const void* row, float scale, float shift,
   for (int64_t k = begin; k < end; k += 2 * W) {
     const int64_t rest = end - k;
     const Two<W> x = rest >= 2 * W ? load_two<E, W>(row, k) : load_two_tail<E, W>(row, k, rest);
+    prefetch_two<E, W>(row, k + kColumnsAtOnce);
     Two<W> g{exp2_flushed<W>(exponent<W>(scale, x.first, -shift)) * factor,
              exp2_flushed<W>(exponent<W>(scale, x.second, -shift)) * factor};
     const int64_t count = Views ? Views : views;
@@ -231,14 +242,15 @@ double student_log2_sum(const AssignmentCrossEntropyBackward& args, int64_t crop
 
 // One image, columns [begin, end). `factors` (crops,), `shares` (crops, views): weights of this image.
 template <Element E, int W>
-DINOV3_EXT_INLINE void backward_segment(const AssignmentCrossEntropyBackward& args, int64_t image, int64_t begin,
-                                        int64_t end, const float* factors, const float* shares, float* p) {
+DINOV3_EXT_INLINE void backward_segment(const AssignmentCrossEntropyBackward& args, const Exponents& exponents,
+                                        int64_t image, int64_t begin, int64_t end, const float* factors,
+                                        const float* shares, float* p) {
   const AssignmentProblem& problem = args.problem;
   const int64_t views = problem.teacher.crops;
   for (int64_t k = begin; k < end; k += kColumnsAtOnce) {
     const int64_t behind = std::min(k + kColumnsAtOnce, end);
     for (int64_t v = 0; v < views; ++v) {
-      assignments<E, W>(Assignments(problem, v, image), k, behind, p + v * kColumnsAtOnce);
+      assignments<E, W>(Assignments(problem, exponents, v, image), k, behind, p + v * kColumnsAtOnce);
     }
     for (int64_t c = 0; c < problem.student.crops; ++c) {
       const void* row = row_of(problem.student, E, c, image);
@@ -260,27 +272,28 @@ DINOV3_EXT_INLINE void backward_segment(const AssignmentCrossEntropyBackward& ar
 // ---- one set of functions per instruction set ----
 
 struct Kernels {
-  void (*forward)(const AssignmentProblem&, int64_t image, int64_t begin, int64_t end, int64_t first, int64_t last,
-                  const float* shifts, Share*, float* p);
+  void (*forward)(const AssignmentProblem&, const Exponents&, int64_t image, int64_t begin, int64_t end, int64_t first,
+                  int64_t last, const float* shifts, Share*, float* p);
   float (*shift)(const AssignmentProblem&, int64_t crop, int64_t image, bool whole_row);
-  void (*backward)(const AssignmentCrossEntropyBackward&, int64_t image, int64_t begin, int64_t end,
+  void (*backward)(const AssignmentCrossEntropyBackward&, const Exponents&, int64_t image, int64_t begin, int64_t end,
                    const float* factors, const float* shares, float* p);
 };
 
 #define KERNELS_OF(TARGET, NAME, W)                                                                                  \
   template <Element E>                                                                                               \
-  TARGET void forward_##NAME(const AssignmentProblem& problem, int64_t image, int64_t begin, int64_t end,            \
-                             int64_t first, int64_t last, const float* shifts, Share* shares, float* p) {            \
-    forward_segment<E, W>(problem, image, begin, end, first, last, shifts, shares, p);                               \
+  TARGET void forward_##NAME(const AssignmentProblem& problem, const Exponents& exponents, int64_t image,            \
+                             int64_t begin, int64_t end, int64_t first, int64_t last, const float* shifts,           \
+                             Share* shares, float* p) {                                                              \
+    forward_segment<E, W>(problem, exponents, image, begin, end, first, last, shifts, shares, p);                    \
   }                                                                                                                  \
   template <Element E>                                                                                               \
   TARGET float shift_##NAME(const AssignmentProblem& problem, int64_t crop, int64_t image, bool whole_row) {         \
     return first_shift<E, W>(problem, crop, image, whole_row);                                                       \
   }                                                                                                                  \
   template <Element E>                                                                                               \
-  TARGET void backward_##NAME(const AssignmentCrossEntropyBackward& args, int64_t image, int64_t begin, int64_t end, \
-                              const float* factors, const float* shares, float* p) {                                 \
-    backward_segment<E, W>(args, image, begin, end, factors, shares, p);                                             \
+  TARGET void backward_##NAME(const AssignmentCrossEntropyBackward& args, const Exponents& exponents, int64_t image, \
+                              int64_t begin, int64_t end, const float* factors, const float* shares, float* p) {     \
+    backward_segment<E, W>(args, exponents, image, begin, end, factors, shares, p);                                  \
   }                                                                                                                  \
   template <Element E>                                                                                               \
   constexpr Kernels kernels_##NAME{forward_##NAME<E>, shift_##NAME<E>, backward_##NAME<E>};
@@ -342,10 +355,11 @@ void assignment_cross_entropy_cpu(const AssignmentCrossEntropy& args, ParallelFo
   struct Task {
     const AssignmentCrossEntropy& args;
     const Kernels& kernels;
+    Exponents exponents;
     Cut cut;
     Share* shares;
     float* shifts;
-  } task{args, kernels_of(problem.element), cut, shares.data(), shifts.data()};
+  } task{args, kernels_of(problem.element), Exponents(problem.teacher_temperature), cut, shares.data(), shifts.data()};
 
   parallel_for(
       0, images * crops,
@@ -367,7 +381,8 @@ void assignment_cross_entropy_cpu(const AssignmentCrossEntropy& args, ParallelFo
         std::vector<float> p(problem.teacher.crops * kColumnsAtOnce);
         for (int64_t i = begin; i < end; ++i) {
           const int64_t image = i / task.cut.segments, first = i % task.cut.segments * task.cut.columns;
-          task.kernels.forward(problem, image, first, std::min(first + task.cut.columns, problem.prototypes), 0, crops,
+          task.kernels.forward(problem, task.exponents, image, first,
+                               std::min(first + task.cut.columns, problem.prototypes), 0, crops,
                                task.shifts + image * crops, task.shares + i * crops, p.data());
         }
       },
@@ -391,13 +406,13 @@ void assignment_cross_entropy_cpu(const AssignmentCrossEntropy& args, ParallelFo
           if (!(shares[c].sum >= kSmallest && shares[c].sum <= kLargest)) {
             p.resize(views * kColumnsAtOnce);
             task.shifts[i] = task.kernels.shift(problem, c, image, true);
-            task.kernels.forward(problem, image, 0, problem.prototypes, c, c + 1, task.shifts + image * crops, shares,
-                                 p.data());
+            task.kernels.forward(problem, task.exponents, image, 0, problem.prototypes, c, c + 1,
+                                 task.shifts + image * crops, shares, p.data());
           }
           const double logarithm = std::log2(shares[c].sum);
           task.args.log_sums[c * problem.images + image] = (task.shifts[i] + logarithm) * M_LN2;
           for (int64_t v = 0; v < views; ++v) {
-            const double rest = Assignments(problem, v, image).rest;
+            const double rest = Assignments::rest(problem, task.exponents, v, image);
             shares[c].dots[v] = (logarithm * shares[c].masses[v] - shares[c].dots[v]) * rest * M_LN2;
           }
         }
@@ -418,8 +433,9 @@ void assignment_cross_entropy_backward_cpu(const AssignmentCrossEntropyBackward&
   struct Task {
     const AssignmentCrossEntropyBackward& args;
     const Kernels& kernels;
+    Exponents exponents;
     Cut cut;
-  } task{args, kernels_of(args.problem.element), Cut(args.problem)};
+  } task{args, kernels_of(args.problem.element), Exponents(args.problem.teacher_temperature), Cut(args.problem)};
   parallel_for(
       0, args.problem.images * task.cut.segments,
       [](int64_t begin, int64_t end, void* context) {
@@ -435,14 +451,15 @@ void assignment_cross_entropy_backward_cpu(const AssignmentCrossEntropyBackward&
             double total = 0;
             for (int64_t v = 0; v < views; ++v) {
               total += task.args.grad[c * views + v];
-              const double rest = Assignments(problem, v, image).rest;
+              const double rest = Assignments::rest(problem, task.exponents, v, image);
               shares[c * views + v] = float(scale * rest * task.args.grad[c * views + v]);
             }
             const double log_sum = student_log2_sum(task.args, c, image), rest = float(log_sum) - log_sum;
             factors[c] = float(scale * total * (std::isfinite(rest) ? std::exp2(rest) : 1));
           }
-          task.kernels.backward(task.args, image, first, std::min(first + task.cut.columns, problem.prototypes),
-                                factors.data(), shares.data(), p.data());
+          task.kernels.backward(task.args, task.exponents, image, first,
+                                std::min(first + task.cut.columns, problem.prototypes), factors.data(), shares.data(),
+                                p.data());
         }
       },
       &task);

@@ -39,6 +39,7 @@ DINOV3_EXT_INLINE void column_step(const SinkhornLogits& logits, int64_t first, 
     const void* row = row_of(logits, first + i);
     x[i] = count == 2 * W ? load_two<E, W>(row, column) : load_two_tail<E, W>(row, column, count);
     x[i].first *= logits.scale, x[i].second *= logits.scale;
+    prefetch_two<E, W>(row_of(logits, first + i), column + kColumnsAtOnce);
     maximum.first = larger<W>(maximum.first, x[i].first);
     maximum.second = larger<W>(maximum.second, x[i].second);
   }
@@ -93,6 +94,7 @@ DINOV3_EXT_INLINE float row_sum(const SinkhornLogits& logits, const void* row, c
     Float sum = splat<W>(0.f);
     for (int64_t k = first; k < last; k += 2 * W) {
       const Two<W> x = load_two<E, W>(row, k), c = load_two_of<E, W>(columns + k);
+      prefetch_two<E, W>(row, k + kColumnsAtOnce);
       const Float a = exp2_flushed<W>(exponent<W>(logits.scale, x.first, kLog2E, c.first, shift));
       const Float b = exp2_flushed<W>(exponent<W>(logits.scale, x.second, kLog2E, c.second, shift));
       if (exponentials) store<W>(exponentials + k, a), store<W>(exponentials + k + W, b);
