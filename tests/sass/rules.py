@@ -12,7 +12,9 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # most a block may ha
 RESERVED_SHARED = 1024  # of each block, by the driver, on top
 FEWEST_WARPS = 8  # on a multiprocessor at a time: two for each of its four schedulers
 # Kernels that may have fewer: pattern of the name -> (warps, why).
-FEWER_WARPS: dict[str, tuple[int, str]] = {}
+FEWER_WARPS: dict[str, tuple[int, str]] = {
+    r"backward_resident<\w+, 128, 1, 16, 9, false>": (5, "99 KB hold one block of 65 tokens, 5 of one token"),
+}
 
 # Kernels that must use the tensor cores, by op: pattern of the name.
 TENSOR_CORES = {

@@ -47,12 +47,14 @@ inline BackwardTiling backward_tiling(int width, int tokens, int architecture) {
   const int tiles = (tokens + 15) / 16, parts = tiles <= 9 ? 1 : 2, room = shared_bytes_per_block(architecture);
   const bool extra_tile = width == 128 && tiles == 2 * resident_warps(width) + 1;
   if (tiles <= 2 * resident_warps(width) + extra_tile) {
-    // 32 keys at a time halve the barriers; 16 where shared memory is small (there two parts of 32 keys would also
-    // spill for sm_120, and the tensor cores are slow enough to hide the difference). A block has no more warps than
-    // its sequences need, but 8 where a warp has two parts: they share out dV and dK in 8 or 16 units.
+    // 32 keys at a time halve the barriers; 16 for sequences that have no more, and where shared memory is small: with
+    // two parts (32 keys spill for sm_120, and its tensor cores are slow enough to hide the difference) and at width
+    // 128 (54 tokens: two blocks a processor instead of one). A block has no more warps than its sequences need, but 8
+    // where a warp has two parts: they share out dV and dK in 8 or 16 units.
     const int most_warps = tiles <= 4 ? 4 : parts == 1 ? 9 : resident_warps(width);
     const int warps = parts == 1 ? tiles : tiles <= 16 || extra_tile ? 8 : 9;
-    for (const int step : {room < 128 * 1024 && parts == 2 ? 16 : 32, 16}) {
+    const bool narrow = tiles == 1 || (room < 128 * 1024 && (parts == 2 || width == 128));
+    for (const int step : {narrow ? 16 : 32, 16}) {
       const int bytes = resident_shared_bytes(width, 16 * tiles, step, extra_tile);
       if (bytes <= room && (step == 32 || !extra_tile)) {
         return {true, parts, step, step == 32 || parts == 2 ? most_warps : 9, extra_tile, warps, 16 * tiles, bytes};

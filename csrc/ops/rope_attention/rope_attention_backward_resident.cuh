@@ -5,6 +5,14 @@
 
 namespace dinov3_ext {
 
+// Two parts of a warp meet 16 keys at a time where 32 would spill: 24 bytes on sm_120 at width 64 (where 32 keys are
+// not chosen anyway, see backward_tiling), and everywhere at width 128, where dQ takes 128 registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+inline constexpr bool kWideStepSpills = true;
+#else
+inline constexpr bool kWideStepSpills = false;
+#endif
+
 // grid (sequences x heads of the plan's groups). MT: 16-row parts of a warp; KeyRows: keys of a step, 16 or 32; Warps:
 // at most.
 //
@@ -14,8 +22,8 @@ namespace dinov3_ext {
 // one travels into a second buffer.
 template <Element T, int Width, int MT, int KeyRows, int Warps, bool ExtraTile>
 __global__ void __launch_bounds__(32 * Warps) backward_resident(RopeAttentionBackward args, BackwardPlan plan) {
-  constexpr int kStepKeys = MT == 2 && Width == 128 ? 16 : KeyRows;  // 32 keys at once would not leave room for dQ
-  constexpr int kGroups = Width / 32;                                // of 16 + 16 columns that are turned together
+  constexpr int kStepKeys = MT == 2 && (Width == 128 || kWideStepSpills) ? 16 : KeyRows;
+  constexpr int kGroups = Width / 32;  // of 16 + 16 columns that are turned together
   constexpr uint32_t kKeyBytes = KeyRows * Tile<Width>::kRowBytes;
   static_assert(!ExtraTile || (MT == 2 && KeyRows == 32));
   const int heads = args.packed.heads, threads = 32 * plan.warps;
