@@ -6,9 +6,10 @@
 
 namespace dinov3_ext {
 
-// x / temperature + addend. The large product meets the addend, which mostly cancels it, before anything is rounded.
-__device__ __forceinline__ float divide_add(float x, const Inverse& temperature, float addend) {
-  return fmaf(x, temperature.small, fmaf(x, temperature.large, addend));
+// x / temperature + first + second, terms that mostly cancel. The small product comes last: before, it would be lost in
+// the rounding of large sums.
+__device__ __forceinline__ float divide_add(float x, const Inverse& temperature, float first, float second) {
+  return fmaf(x, temperature.small, fmaf(x, temperature.large, first) + second);
 }
 
 // The float nearest to 1 / temperature.

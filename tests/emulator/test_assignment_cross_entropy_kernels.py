@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from accuracy import assert_accurate, spacing
+from accuracy import assert_accurate
 from torch import Tensor
 
 import dinov3_ext
@@ -68,23 +68,38 @@ def contract(student: Tensor, teacher: Tensor, potentials: Potentials, weight: T
     return losses, gradient * weights[:, None] / student_temperature
 
 
+def error_of_single_images(student: Tensor, teacher: Tensor, potentials: Potentials, weight: Tensor | None, **options):
+    """(C, A) what torch in the same dtype errs by in each image's loss, added up without signs."""
+    rows = student.shape[1]
+    weights = torch.full((rows,), 1 / max(rows, 1)) if weight is None else weight
+    total = torch.zeros(student.shape[0], teacher.shape[0], dtype=torch.float64)
+    for row in range(rows):
+        of_row = Potentials(potentials.rows.view(-1, rows)[:, row], potentials.columns)
+        one = (student[:, row : row + 1], teacher[:, row : row + 1], of_row)
+        exact = contract(*one, None, **options)[0]
+        total += weights[row] * (assignment_cross_entropy_reference(*one, **options) - exact).abs()
+    return total
+
+
 def check(student: Tensor, teacher: Tensor, weight: Tensor | None, **temperatures) -> None:
     """By the accuracy rule."""
     temperatures = temperatures or TEMPERATURES
     potentials = to_dtype(exact_potentials(teacher, temperatures["teacher_temperature"]), torch.float32)
-    ours = kernels(student, teacher, potentials, weight, **temperatures)
-    plain = losses_and_gradient(
-        assignment_cross_entropy_reference, student, teacher, potentials, weight, **temperatures
-    )
-    truth = contract(student, teacher, potentials, weight, **temperatures)
+    given = (student, teacher, potentials, weight)
+    ours = kernels(*given, **temperatures)
+    plain = losses_and_gradient(assignment_cross_entropy_reference, *given, **temperatures)
+    truth = contract(*given, **temperatures)
     assert ours[0].dtype is torch.float32
     assert ours[1].dtype is student.dtype
-    for what, *three in zip(("losses", "gradient"), ours, plain, truth):
-        # Few losses, each a sum over all images, in which torch's own errors may happen to cancel (in 3 of the 1,700
-        # problems of the slow tests, to less than one spacing): three spacings are right as well.
-        if what == "losses" and (three[0] - three[2]).abs().max() <= 3 * spacing(three[2], torch.float32):
-            continue
-        assert_accurate(*three, what=f"{what} of {tuple(student.shape)} x {tuple(teacher.shape)}")
+    what = f"of {tuple(student.shape)} x {tuple(teacher.shape)}"
+    assert_accurate(ours[1], plain[1], truth[1], what=f"gradient {what}")
+    try:
+        assert_accurate(ours[0], plain[0], truth[0], what=f"losses {what}")
+    except AssertionError:
+        # A few numbers, each a sum over the images in which torch's errors may cancel by luck: in 3 of the 1,700 problems
+        # of the slow tests to less than half of ours. Then ours must be within torch's errors of single images.
+        if not ((ours[0] - truth[0]).abs() <= error_of_single_images(*given, **temperatures)).all():
+            raise
 
 
 def check_shape(crops: int, views: int, rows: int, prototypes: int, dtype: torch.dtype, weighted: bool) -> None:

@@ -88,7 +88,7 @@ __device__ __forceinline__ void probabilities(const typename Packed<E, N>::Type&
   float x[N];
   widen_packed<E, N>(logits, x);
 #pragma unroll
-  for (int i = 0; i < N; ++i) p[i] = exp2_approx((divide_add(x[i], temperature, column[i]) + row) * kLog2E);
+  for (int i = 0; i < N; ++i) p[i] = exp2_approx(divide_add(x[i], temperature, column[i], row) * kLog2E);
 }
 
 // One student row against Views rows of p. Each dot is a sum of p (x - maximum), never of p x: the loss, some
@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward(AssignmentCrossEntropyBa
             const float small = load_shared<float>(factors(b, crop, 2));
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-              result[i] = total * exp2_approx((divide_add(x[i], problem.student_inverse, -large) - small) * kLog2E);
+              result[i] = total * exp2_approx(divide_add(x[i], problem.student_inverse, -large, -small) * kLog2E);
             }
             if constexpr (Views > 0) {
 #pragma unroll

@@ -68,7 +68,7 @@ __device__ __forceinline__ void visit_rows(const SinkhornLogits& logits, int64_t
 
 // Natural logarithm; -inf without rows, or with -inf alone.
 __device__ __forceinline__ float natural_maximum(const LogSum& column, const Inverse& temperature) {
-  return column.nothing() ? -INFINITY : divide_add(column.maximum, temperature, 0.f);
+  return column.nothing() ? -INFINITY : divide_add(column.maximum, temperature, 0.f, 0.f);
 }
 
 // Shared memory of the column kernels: float arrays of kWarps x 32 N, one float for every column a warp holds.
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads)
         float x[N];
         widen_packed<E, N>(packed[r], x);
 #pragma unroll
-        for (int i = 0; i < N; ++i) x[i] = divide_add(x[i], logits.inverse, column[i]);
+        for (int i = 0; i < N; ++i) x[i] = divide_add(x[i], logits.inverse, column[i], 0.f);
         state[r].add(x, kLog2E);
       }
     }
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kThreads) next_partial(SinkhornRowSums args, i
           for (int j = 0; j < kAtOnce; ++j) {
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-              sum[i] += exp2_approx((divide_add(x[j][i], logits.inverse, column[i]) + potential[j]) * kLog2E);
+              sum[i] += exp2_approx(divide_add(x[j][i], logits.inverse, column[i], potential[j]) * kLog2E);
             }
           }
         });
