@@ -41,7 +41,7 @@ def eager(qkv: Tensor, table: Tensor, layout: Layout) -> Tensor:
     angles = torch.cat([table, table[-1:] * 0])[layout.token_rows]  # (tokens, 2, 2, E/4)
     cos = angles[:, :, 0].flatten(1).tile(2)[:, None]
     sin = angles[:, :, 1].flatten(1).tile(2)[:, None]
-    prefix = (layout.token_rows[:, 0] < 0)[:, None, None]
+    prefix = (layout.token_rows[:, 0] < 0)[:, None, None].to(table.device)
     cos = torch.where(prefix, 1.0, cos)
     q, k, v = qkv.unbind(1)
     half = qkv.shape[-1] // 2

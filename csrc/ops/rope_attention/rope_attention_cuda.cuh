@@ -385,7 +385,8 @@ __global__ void __launch_bounds__(32 * kStreamingQueries / kStreamingRows<Width>
   const int query_blocks = (tokens + kStreamingQueries - 1) / kStreamingQueries;
   const int64_t number = at.block / query_blocks, sequence = number / packed.heads;
   const int head = int(number - sequence * packed.heads);
-  const int row = int(at.block - number * query_blocks) * kStreamingQueries + warp_index() * 16 * kMT;
+  const int warp = shuffle(warp_index(), 0);  // so that the compiler, too, knows it to be the same for all lanes
+  const int row = int(at.block - number * query_blocks) * kStreamingQueries + warp * 16 * kMT;
   const int64_t token = at.group.first_token + sequence * tokens;
 
   const int64_t rotated_stride = int64_t(2) * packed.heads * Width;
