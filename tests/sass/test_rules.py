@@ -42,6 +42,11 @@ def test_a_kernel_that_keeps_the_rules_is_not(offenders: dict) -> None:
     assert kernel.count("FFMA", loops_only=True) == 1 < kernel.count("FFMA")
 
 
+def test_only_what_is_not_launched_may_spill(offenders: dict) -> None:
+    assert list(rules.machine_code(offenders["spills"]))
+    assert list(rules.machine_code(offenders["spills"], launched=False)) == []
+
+
 def test_every_offender_is_named(offenders: dict) -> None:
     assert offenders.keys() == {*EXPECTED, "keeps_the_rules"}
 
