@@ -291,7 +291,7 @@ def test_rotation_moves_eight_bytes_per_pair(emulator: ModuleType, width: int) -
     assert moved <= 1.05 * (4 * elements + rope.numel() * 4)
 
 
-@pytest.mark.parametrize(("prefix", "groups"), MIXES[:1])
+@pytest.mark.parametrize(("prefix", "groups"), [*MIXES, (0, [(2, 1, 16)])])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_public_function_output_and_gradient(
     emulator: ModuleType, prefix: int, groups: list[tuple[int, int, int]], dtype: torch.dtype

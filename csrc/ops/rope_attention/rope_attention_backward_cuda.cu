@@ -58,9 +58,7 @@ struct Backward {
       return tiling.step == 32 ? start.template operator()<backward_resident<T, Width, 2, 32, kMost, false>>()
                                : start.template operator()<backward_resident<T, Width, 2, 16, kMost, false>>();
     }
-    if constexpr (Width == 128) {  // 144 rows of width 64 fit every GPU with steps of 32
-      if (tiling.step == 16) return start.template operator()<backward_resident<T, Width, 1, 16, 9, false>>();
-    }
+    if (tiling.step == 16) return start.template operator()<backward_resident<T, Width, 1, 16, 9, false>>();
     return tiling.most_warps == 4 ? start.template operator()<backward_resident<T, Width, 1, 32, 4, false>>()
                                   : start.template operator()<backward_resident<T, Width, 1, 32, 9, false>>();
   }
