@@ -180,7 +180,7 @@ def main() -> None:
     ptx = {symbol: text for source in sources for symbol, text in entries(source).items()}
     names = compiled.short_names(ptx)
     seen, bad = set(), 0
-    for launch in launches.record(ARCHITECTURE, chosen.case):
+    for launch in launches.record(chosen.case, (ARCHITECTURE,))[ARCHITECTURE]:
         name = names[launch.symbol]
         if launch.symbol in seen or not re.search(chosen.only, name):
             continue

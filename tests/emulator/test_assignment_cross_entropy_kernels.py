@@ -96,7 +96,7 @@ def check(student: Tensor, teacher: Tensor, weight: Tensor | None, **temperature
     try:
         assert_accurate(ours[0], plain[0], truth[0], what=f"losses {what}")
     except AssertionError:
-        # A few numbers, each a sum over the images in which torch's errors may cancel by luck: in 3 of the 1,700 problems
+        # A few numbers, each a sum over the images in which torch's errors may cancel by luck: in 3 of 1,700 problems
         # of the slow tests to less than half of ours. Then ours must be within torch's errors of single images.
         if not ((ours[0] - truth[0]).abs() <= error_of_single_images(*given, **temperatures)).all():
             raise

@@ -49,24 +49,23 @@ class Launch:
         return self.block[0] * self.block[1] * self.block[2]
 
 
-@functools.cache
 def all_launches(architecture: int) -> tuple[Launch, ...]:
     """Every launch of every case, as on a GPU of `architecture`."""
-    return record(architecture, "all")
+    return record("all", compiled.ARCHITECTURES)[architecture]
 
 
-def record(architecture: int, which: str) -> tuple[Launch, ...]:
-    """Launches of the cases `which`, a function of this file below, in a process of its own: the recorder takes the
-    place of the emulator's library there."""
-    library = recorder_library()
-    command = [sys.executable, __file__, str(library), str(architecture), which]
+@functools.cache
+def record(which: str, architectures: tuple[int, ...]) -> dict[int, tuple[Launch, ...]]:
+    """Launches of the cases `which`, a function of cases.py, by architecture; in a process of its own: the recorder
+    takes the place of the emulator's library there."""
+    command = [sys.executable, __file__, str(recorder_library()), which, *map(str, architectures)]
     paths = os.pathsep.join([str(compiled.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths}, timeout=300
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths}, timeout=500
     )
     assert done.returncode == 0, done.stderr
-    launches = []
-    for case, lines in json.loads(done.stdout.splitlines()[-1]):
+    found: dict[int, list[Launch]] = {architecture: [] for architecture in architectures}
+    for architecture, case, lines in json.loads(done.stdout.splitlines()[-1]):
         tensors = {}
         for line in lines:
             symbol, *numbers, data = line.split()
@@ -75,8 +74,9 @@ def record(architecture: int, which: str) -> tuple[Launch, ...]:
                 continue
             x = [int(number) for number in numbers]
             data = b"" if data == "-" else bytes.fromhex(data)
-            launches.append(Launch(case, symbol, tuple(x[:3]), tuple(x[3:6]), x[6], data, dict(tensors)))
-    return tuple(launches)
+            launch = Launch(case, symbol, tuple(x[:3]), tuple(x[3:6]), x[6], data, dict(tensors))
+            found[architecture].append(launch)
+    return {architecture: tuple(launches) for architecture, launches in found.items()}
 
 
 def recorder_library() -> Path:
@@ -127,7 +127,7 @@ def parameters(source: Path, architecture: int) -> Iterator[tuple[str, str]]:
 # ---- in the process of its own ----
 
 
-def _main(library: str, architecture: int, which: str) -> None:
+def _main(library: str, which: str, architectures: list[int]) -> None:
     import torch
 
     from dinov3_ext import _paths
@@ -139,18 +139,20 @@ def _main(library: str, architecture: int, which: str) -> None:
     for line in (Path(library).parent / "parameters.txt").read_text().splitlines():
         symbol, ordinal, offset, size = line.split()
         recorder.record_parameter(symbol.encode(), int(ordinal), int(offset), int(size))
-    _paths.emulator_loaded(lambda: architecture)
+    now = [0]
+    _paths.emulator_loaded(lambda: now[0])
     import cases
 
     answer = []
     with _paths.use("emulator"):
         for name, run in getattr(cases, which)():
-            recorder.record_begin(architecture)
-            run()
-            answer.append((name, recorder.record_lines().decode().splitlines()))
+            for now[0] in architectures:
+                recorder.record_begin(now[0])
+                run()
+                answer.append((now[0], name, recorder.record_lines().decode().splitlines()))
     print()
     print(json.dumps(answer))
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    _main(sys.argv[1], sys.argv[2], [int(word) for word in sys.argv[3:]])
