@@ -63,7 +63,8 @@ def check_accuracy(shape: tuple[int, int, int], dtype: torch.dtype, *, truncated
                 assert ours[1].abs().max() == 0
                 continue
             for what, *three in zip(results, ours, plain, true, strict=True):
-                scale = 2.0 ** -torch.log2(three[2].abs().max()).floor().item()
+                largest = three[2].abs().max()  # 0 where clips leave nothing of two patches
+                scale = 2.0 ** -torch.log2(largest).floor().item() if largest else 1.0
                 results[what].append(tuple(x.double().mul(scale).to(x.dtype).flatten() for x in three))
         for what, several in results.items():
             if not several:
@@ -72,10 +73,16 @@ def check_accuracy(shape: tuple[int, int, int], dtype: torch.dtype, *, truncated
             if what == "losses" and truncated:  # the bias of cutting off, some 2e-7: counted, and a tensor core's own
                 torch.testing.assert_close(ours.double(), true, rtol=1e-6, atol=0)
                 continue
+            slack = 1.0
             if what == "losses" and shape[1] <= 16:
                 # The emulator adds 32 products one by one, plain PyTorch in 8 or 16 lanes: with so few similarities
                 # that shows (1.2 of what the rule allows).
-                plain = true + 1.5 * (plain.double() - true)
+                slack *= 1.5
+            if shape[2] <= 8 and dtype is torch.float32:
+                # A pair of fp16 numbers holds 23 of fp32's 24 bits; plain PyTorch's sum of 8 products hardly rounds
+                # (1.3 of what the rule allows).
+                slack *= 1.5
+            plain = true + slack * (plain.double() - true)
             assert_accurate(ours, plain, true, what=f"{what} {apart}")
 
 
