@@ -25,7 +25,6 @@ from .evaluation.view import View
 from .losses import DinoLoss, IbotLoss, KoLeoLoss, Term
 from .models.heads import ProjectionHead
 from .models.vit import VisionTransformer
-from .train.checkpoint import checkpoint_config, load_teacher, saved_steps
 from .train.distributed import Ranks, ranks, replicated
 from .train.loop import Watchers, fit
 from .train.networks import Networks, teacher_of
@@ -192,23 +191,17 @@ def step_settings(config: Config, here: Ranks) -> StepSettings:
 
 
 def load(run: str | Path, *, step: int | None = None) -> VisionTransformer:
-    """The EMA teacher's backbone of a run, in evaluation mode on the CPU.
+    """A backbone in evaluation mode on the CPU: of a run its EMA teacher; see `weights.resolve`.
 
     Args:
-        run: run folder, or one of its `checkpoints/step_...` folders.
+        run: run folder, one of its `checkpoints/step_...` folders, or whatever else `weights.resolve` takes.
         step: checkpoint to take; None: the newest; 0: the untrained weights the run started from.
 
     Errors: ValueError when there is no such run or checkpoint (naming those there are).
     """
-    path = Path(run)
-    if path.parent.name == "checkpoints" and path.is_dir():
-        config, path = from_yaml(checkpoint_config(path)), path
-    else:
-        config, path = run_config(path), _checkpoint_of(path, step)
-    found = networks(config)
-    if path is not None:
-        load_teacher(path, found)
-    return found.backbone.eval().requires_grad_(False)
+    from .weights import resolve  # stands on this module
+
+    return resolve(run, step=step).backbone
 
 
 def run_config(run: str | Path) -> Config:
@@ -261,19 +254,6 @@ def _evaluation(config: Config, labelled: list[Source]) -> Callable[[TrainState]
 def view(config: Config, size: int | None = None) -> View:
     """How a run's images are evaluated: the global crop's side and the run's normalisation."""
     return View(size=size or config.crops.global_size, mean=config.crops.mean, std=config.crops.std)
-
-
-def _checkpoint_of(run: Path, step: int | None) -> Path | None:
-    steps = saved_steps(run / "checkpoints")
-    if step == 0:
-        return None
-    if step is not None and step not in steps:
-        raise ValueError(
-            f"{run}: no checkpoint of step {step}; there are {steps or 'none'}, and 0 is the untrained start"
-        )
-    if not steps:
-        raise ValueError(f"{run}: the run has no checkpoint yet; step=0 gives its untrained start")
-    return run / "checkpoints" / f"step_{step or steps[-1]:08d}"
 
 
 def _say_start(

@@ -9,7 +9,6 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .build import load, run_config, view
 from .data.batch import patch_grid
 from .data.decode import UnreadableImage, decode
 from .data.sources import open_source
@@ -17,6 +16,7 @@ from .evaluation.extract import Extracted, extract, save_features
 from .evaluation.knn import evaluate_knn as knn
 from .evaluation.pictures import cosine_sheet, pca_sheet
 from .evaluation.view import View
+from .weights import Resolved, resolve
 
 
 def evaluate_knn(
@@ -57,7 +57,8 @@ def features(*, backbone: str, step: int | None, data: str, out: Path, size: int
 def visualize_pca(*, backbone: str, step: int | None, data: str, out: Path, images: int, size: int | None) -> None:
     """Write a sheet of photographs beside the first three principal components of their patch features."""
     _check_picture(out)
-    model, seen_as = _backbone(backbone, step, size or 2 * _global_size(backbone))
+    found = resolve(backbone, step=step)
+    model, seen_as = _seen(found, size or 2 * found.size)
     _write_picture(pca_sheet(model, _photographs(data, images), seen_as), out)
 
 
@@ -66,13 +67,10 @@ def visualize_cosine(
 ) -> None:
     """Write a sheet of photographs beside the similarity of the patch at `point` to all others."""
     _check_picture(out)
-    model, seen_as = _backbone(backbone, step, size or 2 * _global_size(backbone))
+    found = resolve(backbone, step=step)
+    model, seen_as = _seen(found, size or 2 * found.size)
     photographs = _photographs(data, images)
     _write_picture(cosine_sheet(model, photographs, [[point]] * len(photographs), seen_as, columns=2), out)
-
-
-def _global_size(backbone: str) -> int:
-    return run_config(_run_of(backbone)).crops.global_size
 
 
 def _check_picture(out: Path) -> None:
@@ -104,16 +102,15 @@ def _photographs(spec: str, count: int) -> list[tuple[str, Image.Image]]:
     return found
 
 
-def _backbone(run: str, step: int | None, size: int | None):
-    model = load(run, step=step).to("cuda" if torch.cuda.is_available() else "cpu")
-    seen_as = view(run_config(_run_of(run)), size)
-    patch_grid(seen_as.size, model.patch_size, "size")
-    return model, seen_as
+def _backbone(spec: str, step: int | None, size: int | None) -> tuple[torch.nn.Module, View]:
+    return _seen(resolve(spec, step=step), size)
 
 
-def _run_of(backbone: str) -> Path:
-    path = Path(backbone)
-    return path.parent.parent if path.parent.name == "checkpoints" else path
+def _seen(found: Resolved, size: int | None) -> tuple[torch.nn.Module, View]:
+    """The backbone on this machine's device, and how it sees images; ValueError for a side that does not divide."""
+    seen_as = found.view(size)
+    patch_grid(seen_as.size, found.backbone.patch_size, "size")
+    return found.backbone.to("cuda" if torch.cuda.is_available() else "cpu"), seen_as
 
 
 def _extracted(model: torch.nn.Module, spec: str, seen_as: View, pooling: str) -> Extracted:
