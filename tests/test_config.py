@@ -5,7 +5,18 @@ import difflib
 
 import pytest
 
-from dinov3_train.config import SECTIONS, Config, from_dict, from_yaml, leaves, override, replaced, to_dict, to_yaml
+from dinov3_train.config import (
+    SECTIONS,
+    Config,
+    ConvNeXtBackbone,
+    from_dict,
+    from_yaml,
+    leaves,
+    override,
+    replaced,
+    to_dict,
+    to_yaml,
+)
 
 
 def test_overrides_replace_leaves_and_leave_the_rest():
@@ -142,3 +153,16 @@ def test_patch_files(tmp_path):
 def test_sections_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().run.steps = 3
+
+
+def test_a_backbone_is_a_vit_or_a_convnext():
+    config = dataclasses.replace(Config(), backbone=ConvNeXtBackbone(depths=(1, 2), dims=(8, 16)))
+    again = from_yaml(to_yaml(override(config, ["backbone.depths=[2,2]", "backbone.patch_size=8"])))
+    assert again.backbone == ConvNeXtBackbone(depths=(2, 2), dims=(8, 16), patch_size=8)
+    assert (again.backbone.stride, again.backbone.depth, again.backbone.embed_dim) == (8, 4, 16)
+    with pytest.raises(ValueError, match=r"backbone.heads is no key of a ConvNeXtBackbone"):
+        override(config, ["backbone.heads=2"])
+    with pytest.raises(ValueError, match=r"backbone.depths is no key of a Backbone"):
+        override(Config(), ["backbone.depths=[2,2]"])
+    with pytest.raises(ValueError, match=r"unknown key 'backbone.stages'"):
+        override(config, ["backbone.stages=2"])

@@ -138,8 +138,8 @@ def test_a_python_op_has_a_reference_and_a_test(path: Path) -> None:
 def sections(cls: type) -> dict[str, type]:
     """Every dataclass reachable from `cls`, by name."""
     found = {cls.__name__: cls}
-    for kind in typing.get_type_hints(cls).values():
-        if dataclasses.is_dataclass(kind):
+    for hint in typing.get_type_hints(cls).values():
+        for kind in config.sections_of(hint):
             found |= sections(kind)
     return found
 

@@ -23,6 +23,8 @@ from .evaluation.extract import extract
 from .evaluation.knn import evaluate_knn
 from .evaluation.view import View
 from .losses import DinoLoss, IbotLoss, KoLeoLoss, Term
+from .models.architectures import backbone_of
+from .models.convnext import ConvNeXt
 from .models.heads import ProjectionHead
 from .models.vit import VisionTransformer
 from .train.distributed import Ranks, ranks, replicated
@@ -117,13 +119,19 @@ def networks(config: Config) -> Networks:
     """Backbone and heads with the weights `run.seed` gives, without touching the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        backbone = VisionTransformer(config.backbone)
+        backbone = backbone_of(config.backbone)
         dino_head = ProjectionHead(config.backbone.embed_dim, config.dino_head)
         ibot_head = ProjectionHead(config.backbone.embed_dim, config.ibot_head)
     # a head without a loss gets no gradient, which DistributedDataParallel would wait for
     dino_head.requires_grad_(config.losses.dino > 0)
     ibot_head.requires_grad_(config.losses.ibot > 0)
-    return Networks(backbone, dino_head, ibot_head, checkpointing=config.run.checkpointing).train()
+    return Networks(
+        backbone,
+        dino_head,
+        ibot_head,
+        checkpointing=config.run.checkpointing,
+        hide_masked=config.masking.hide,
+    ).train()
 
 
 def terms(config: Config) -> tuple[Term, ...]:
@@ -190,7 +198,7 @@ def step_settings(config: Config, here: Ranks) -> StepSettings:
     )
 
 
-def load(run: str | Path, *, step: int | None = None) -> VisionTransformer:
+def load(run: str | Path, *, step: int | None = None) -> VisionTransformer | ConvNeXt:
     """A backbone in evaluation mode on the CPU: of a run its EMA teacher; see `weights.resolve`.
 
     Args:

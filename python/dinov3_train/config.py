@@ -56,6 +56,35 @@ class Backbone:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvNeXtBackbone:
+    """A ConvNeXt, every number of its architecture (spec 1.4). Stride in pixels: 4 for the stem, 2 more per stage."""
+
+    name: str = "convnext_tiny"
+    depths: tuple[int, ...] = (3, 3, 9, 3)  # blocks of each stage
+    dims: tuple[int, ...] = (96, 192, 384, 768)  # width of each stage
+    patch_size: int = 32  # pixels a patch feature stands for; another than the stride: the map is resized bilinearly
+    layer_scale: float = 1e-6  # initial value of the residual gains
+    init_std: float = 0.02  # of the truncated normal of convolutions and linears
+    norm_eps: float = 1e-6
+    drop_path: float = 0.0  # share of images whose residual branch is skipped
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of the features."""
+        return self.dims[-1]
+
+    @property
+    def depth(self) -> int:
+        """Blocks of all stages."""
+        return sum(self.depths)
+
+    @property
+    def stride(self) -> int:
+        """Pixels between neighbours of the last map; image sides must be multiples of it."""
+        return 4 * 2 ** (len(self.depths) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Head:
     """Projection head: linears with GELU, L2 normalisation, then prototypes without bias."""
 
@@ -98,6 +127,7 @@ class Masking:
     crop_probability: float = 0.5
     ratio_min: float = 0.1
     ratio_max: float = 0.5
+    hide: bool = True  # the student sees a mask token there; False: it sees all, masks are the places of the iBOT term
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +203,7 @@ class Config:
     """One run."""
 
     recipe: str = ""
-    backbone: Backbone = field(default_factory=Backbone)
+    backbone: Backbone | ConvNeXtBackbone = field(default_factory=Backbone)
     dino_head: Head = field(default_factory=Head)
     ibot_head: Head = field(default_factory=Head)
     crops: Crops = field(default_factory=Crops)
@@ -184,7 +214,7 @@ class Config:
     run: Run = field(default_factory=Run)
 
 
-SECTIONS = (Config, Backbone, Rope, Head, Crops, Masking, Data, Losses, Optimizer, Run)
+SECTIONS = (Config, Backbone, ConvNeXtBackbone, Rope, Head, Crops, Masking, Data, Losses, Optimizer, Run)
 
 
 def leaves(config_type: type = Config, prefix: str = "") -> dict[str, type]:
@@ -193,11 +223,16 @@ def leaves(config_type: type = Config, prefix: str = "") -> dict[str, type]:
     found: dict[str, type] = {}
     for entry in dataclasses.fields(config_type):
         key = f"{prefix}{entry.name}"
-        if dataclasses.is_dataclass(hints[entry.name]):
-            found |= leaves(hints[entry.name], key + ".")
-        else:
+        for section in sections_of(hints[entry.name]):
+            found |= leaves(section, key + ".")
+        if not sections_of(hints[entry.name]):
             found[key] = hints[entry.name]
     return found
+
+
+def sections_of(hint: object) -> tuple[type, ...]:
+    """The section classes a field of this annotation may hold: none, one, or the several kinds of a union."""
+    return tuple(kind for kind in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(kind))
 
 
 def override(config: Config, overrides: Sequence[str], patch: str | Path | None = None) -> Config:
@@ -252,13 +287,28 @@ def from_dict(values: dict, section: type = Config, prefix: str = "") -> Config:
         raise ValueError(_unknown(unknown[0], leaves()))
     arguments = {}
     for key, value in values.items():
-        if dataclasses.is_dataclass(hints[key]):
+        if sections_of(hints[key]):
             if not isinstance(value, dict):
                 raise ValueError(f"config: {prefix}{key} is a section, expected keys below it, got {value!r}")
-            arguments[key] = from_dict(value, hints[key], f"{prefix}{key}.")
+            arguments[key] = from_dict(
+                value, _kind(value, sections_of(hints[key]), f"{prefix}{key}."), f"{prefix}{key}."
+            )
         else:
             arguments[key] = _coerced(f"{prefix}{key}", value, hints[key])
     return section(**arguments)
+
+
+def _kind(values: dict, kinds: tuple[type, ...], prefix: str) -> type:
+    """Which of several section classes has all the keys; a ViT is told from a ConvNeXt by what it alone has."""
+    fields = {kind: {entry.name for entry in dataclasses.fields(kind)} for kind in kinds}
+    fitting = [kind for kind in kinds if values.keys() <= fields[kind]]
+    if fitting or len(kinds) == 1:
+        return (fitting or kinds)[0]
+    closest = max(kinds, key=lambda kind: len(values.keys() & fields[kind]))
+    foreign = sorted(f"{prefix}{key}" for key in values.keys() - fields[closest])
+    if not set(foreign) <= leaves().keys():
+        return closest  # which will name the unknown key
+    raise ValueError(f"config: {', '.join(foreign)} is no key of a {closest.__name__}, which this config has")
 
 
 def to_yaml(config: Config) -> str:

@@ -6,8 +6,9 @@ import os
 
 import torch
 
-from .config import Config, leaves, to_dict
+from .config import Backbone, Config, ConvNeXtBackbone, to_dict
 from .data.batch import patch_grid
+from .models.architectures import side_multiple
 from .models.memory import TrainingMemory, training_memory
 
 # what may differ between a run and its continuation without making it another run
@@ -38,9 +39,8 @@ def check(config: Config, world_size: int = 1) -> None:
 
 def check_settings(config: Config, world_size: int) -> None:
     """Errors: ValueError for settings that cannot work together on so many ranks."""
-    run, crops, losses, patch = config.run, config.crops, config.losses, config.backbone.patch_size
-    for key, size in (("crops.global_size", crops.global_size), ("crops.local_size", crops.local_size)):
-        patch_grid(size, patch, key)
+    run, crops, losses = config.run, config.crops, config.losses
+    _check_sides(config)
     parts = world_size * run.accumulate
     if run.batch_size < 1 or run.accumulate < 1 or run.batch_size % parts:
         raise ValueError(
@@ -66,8 +66,9 @@ def check_settings(config: Config, world_size: int) -> None:
         "run.precision": (run.precision, ("bf16", "fp32")),
         "run.checkpointing": (run.checkpointing, ("none", "selective", "full")),
         "crops.blur": (crops.blur, ("paper", "released", "none")),
-        "backbone.rope.draw": (config.backbone.rope.draw, ("sequence", "block")),
     }
+    if isinstance(config.backbone, Backbone):
+        allowed["backbone.rope.draw"] = (config.backbone.rope.draw, ("sequence", "block"))
     for key, (value, choices) in allowed.items():
         if value not in choices:
             raise ValueError(f"{key}: expected one of {', '.join(choices)}, got {value!r}")
@@ -82,6 +83,25 @@ def check_settings(config: Config, world_size: int) -> None:
         raise ValueError(f"backbone.drop_path: expected a rate in [0, 1), got {config.backbone.drop_path}")
     if len(config.data.labelled) not in (0, 2):
         raise ValueError(f"data.labelled: expected two sources, train and test, got {len(config.data.labelled)}")
+
+
+def _check_sides(config: Config) -> None:
+    crops, backbone = config.crops, config.backbone
+    sides = [("crops.global_size", crops.global_size)]
+    sides += [("crops.local_size", crops.local_size)] if crops.locals else []
+    for key, side in sides:
+        patch_grid(side, backbone.patch_size, key)
+        multiple = side_multiple(backbone)
+        if side % multiple:
+            raise ValueError(
+                f"{key}: {backbone.name} needs a multiple of its stride of {multiple} pixels "
+                f"(nearest: {max(side // multiple, 1) * multiple} or {-(-side // multiple) * multiple}), got {side}"
+            )
+    if isinstance(backbone, ConvNeXtBackbone) and config.masking.hide:
+        raise ValueError(
+            f"masking.hide: expected false for {backbone.name}, as a ConvNeXt has no mask token; "
+            "the iBOT term is then taken at visible places"
+        )
 
 
 def check_memory(config: Config, device: torch.device, world_size: int) -> None:
@@ -113,8 +133,12 @@ def memory(config: Config, world_size: int = 1) -> TrainingMemory:
 
 def check_same_run(config: Config, earlier: Config, where: str) -> None:
     """Errors: ValueError naming the keys in which the run in `where`, begun with `earlier`, is another."""
-    old, new = _dotted(earlier), _dotted(config)
-    changed = [f"{k}: {old[k]!r} there, {new[k]!r} asked" for k in new if old[k] != new[k] and k not in FREE_ON_RESUME]
+    old, new = _dotted(to_dict(earlier)), _dotted(to_dict(config))
+    changed = [
+        f"{key}: {old.get(key, 'nothing')!r} there, {new.get(key, 'nothing')!r} asked"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and key not in FREE_ON_RESUME
+    ]
     if changed:
         raise ValueError(
             f"out: {where} is a run with other settings, so it cannot be continued with these "
@@ -122,11 +146,8 @@ def check_same_run(config: Config, earlier: Config, where: str) -> None:
         )
 
 
-def _dotted(config: Config) -> dict[str, object]:
-    values = {}
-    for key in leaves():
-        value = to_dict(config)
-        for part in key.split("."):
-            value = value[part]
-        values[key] = value
-    return values
+def _dotted(values: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

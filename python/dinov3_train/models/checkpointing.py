@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-from dinov3_train.models.layers import Block, BlockInputs
 
 MODES = ("none", "selective", "full")
 
@@ -23,7 +21,7 @@ _KEPT = (
 )
 
 
-def checkpointed(block: Block, x: Tensor, inputs: BlockInputs, *, mode: str) -> Tensor:
+def checkpointed(block: nn.Module, x: Tensor, inputs: object, *, mode: str) -> Tensor:
     """block(x, inputs), keeping of its activations all ("none"), matrix products and attention, or the input only."""
     if mode not in MODES:
         raise ValueError(f"checkpointing: expected one of {', '.join(MODES)}, got {mode!r}")

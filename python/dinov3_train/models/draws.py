@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dinov3_train import counter
-from dinov3_train.config import Backbone, Rope
+from dinov3_train.config import Backbone, ConvNeXtBackbone, Rope
 from dinov3_train.models.rope import CoordinateDraw
 
 BRANCHES = ("attention", "ffn")
@@ -37,7 +37,7 @@ class TrainingDraws:
 
 
 def training_draws(
-    backbone: Backbone,
+    backbone: Backbone | ConvNeXtBackbone,
     *,
     seed: int,
     step: int,
@@ -49,7 +49,7 @@ def training_draws(
     """Everything random inside the student's backbone in one step.
 
     Args:
-        backbone: its rope augmentation, depth and drop path rate are read.
+        backbone: its rope augmentation (a ConvNeXt has none), depth and drop path rate are read.
         seed, step: of the run.
         indices: (B,) global sample indices of this rank's images.
         first: position of the rank's first image in the global batch.
@@ -65,9 +65,10 @@ def training_draws(
             f"got {first} to {first + len(indices)}"
         )
     crops = tuple(count for count in crops_per_image if count)
+    rotary = not isinstance(backbone, ConvNeXtBackbone)
     return TrainingDraws(
-        rope=_rope(backbone, seed, step, indices, crops),
-        per_block=backbone.rope.draw == "block",
+        rope=_rope(backbone, seed, step, indices, crops) if rotary else None,
+        per_block=rotary and backbone.rope.draw == "block",
         kept=_kept(backbone, seed, step, crops, range(first, first + len(indices)), batch_size),
         keep_share=1.0 - backbone.drop_path,
     )
@@ -90,7 +91,7 @@ def systematic(positions: np.ndarray, share: float, phases: np.ndarray) -> np.nd
 
 
 def _kept(
-    backbone: Backbone, seed: int, step: int, crops: tuple[int, ...], images: range, batch_size: int
+    backbone: Backbone | ConvNeXtBackbone, seed: int, step: int, crops: tuple[int, ...], images: range, batch_size: int
 ) -> np.ndarray | None:
     if backbone.drop_path == 0.0:
         return None

@@ -9,14 +9,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from dinov3_train.config import Backbone, Crops, Head, Masking
+from dinov3_train.config import Backbone, ConvNeXtBackbone, Crops, Head, Masking
 from dinov3_train.models.layers import hidden_width
 
 CropGroup = tuple[int, int, int]  # sequences, image height Y, image width X
 
 
-def backbone_parameters(backbone: Backbone) -> int:
+def backbone_parameters(backbone: Backbone | ConvNeXtBackbone) -> int:
     """Parameters of the backbone, mask token and (if there is one) local CLS norm included."""
+    if isinstance(backbone, ConvNeXtBackbone):
+        dims = backbone.dims
+        between = sum(2 * dim + 4 * dim * wider + wider for dim, wider in itertools.pairwise(dims))
+        return (
+            51 * dims[0] + between + sum(n * (8 * d**2 + 58 * d) for n, d in zip(backbone.depths, dims)) + 2 * dims[-1]
+        )
     dim, hidden = backbone.embed_dim, hidden_width(backbone)
     embed = 3 * backbone.patch_size**2 * dim + dim + (2 + backbone.registers) * dim
     attention = 4 * dim**2 + dim + (3 * dim if backbone.qkv_bias else 0)
@@ -32,17 +38,22 @@ def head_parameters(dim: int, head: Head) -> int:
     return sum((a + 1) * b for a, b in itertools.pairwise(widths)) + head.bottleneck * head.prototypes
 
 
-def tokens_of(backbone: Backbone, group: CropGroup) -> tuple[int, int]:
+def tokens_of(backbone: Backbone | ConvNeXtBackbone, group: CropGroup) -> tuple[int, int]:
     """(patches N, tokens T = 1 + R + N) of one sequence of a crop group."""
     patches = (group[1] // backbone.patch_size) * (group[2] // backbone.patch_size)
-    return patches, 1 + backbone.registers + patches
+    return patches, 1 + (0 if isinstance(backbone, ConvNeXtBackbone) else backbone.registers) + patches
 
 
-def backbone_flops(backbone: Backbone, groups: Sequence[CropGroup], *, backward: bool = False) -> float:
+def backbone_flops(
+    backbone: Backbone | ConvNeXtBackbone, groups: Sequence[CropGroup], *, backward: bool = False
+) -> float:
     """FLOPs of the backbone on crop groups; with backward twice as much again, except for the gradient of the images.
 
-    Per block and sequence: 2 T (4 D^2 + (2 or 3) D F) + 4 T^2 D, times the share kept by drop path in training.
+    Per block and sequence: 2 T (4 D^2 + (2 or 3) D F) + 4 T^2 D, times the share kept by drop path in training; of a
+    ConvNeXt per block and image: 2 h w (49 C + 8 C^2).
     """
+    if isinstance(backbone, ConvNeXtBackbone):
+        return sum(_convnext_flops(backbone, group, backward) for group in groups)
     dim, passes = backbone.embed_dim, 3 if backward else 1
     share = 1.0 - backbone.drop_path if backward else 1.0
     weights = 4 * dim**2 + (2 if backbone.ffn == "mlp" else 3) * dim * hidden_width(backbone)
@@ -53,6 +64,20 @@ def backbone_flops(backbone: Backbone, groups: Sequence[CropGroup], *, backward:
         block = 2 * tokens * weights + 4 * tokens**2 * dim
         total += group[0] * (embed * (2 if backward else 1) + passes * share * backbone.depth * block)
     return total
+
+
+def stage_positions(backbone: ConvNeXtBackbone, group: CropGroup) -> list[int]:
+    """Positions h w of the map of each stage, of one image of a crop group."""
+    return [(group[1] // 2 ** (stage + 2)) * (group[2] // 2 ** (stage + 2)) for stage in range(len(backbone.dims))]
+
+
+def _convnext_flops(backbone: ConvNeXtBackbone, group: CropGroup, backward: bool) -> float:
+    passes, share = (3, 1.0 - backbone.drop_path) if backward else (1, 1.0)
+    positions, dims = stage_positions(backbone, group), backbone.dims
+    total = (2 if backward else 1) * 2.0 * positions[0] * 48 * dims[0]  # the images need no gradient
+    total += passes * sum(2 * n * 4 * dim * wider for n, (dim, wider) in zip(positions[1:], itertools.pairwise(dims)))
+    blocks = sum(depth * 2 * n * (49 * d + 8 * d**2) for depth, n, d in zip(backbone.depths, positions, dims))
+    return group[0] * (total + passes * share * blocks)
 
 
 def head_flops(dim: int, head: Head, rows: int, *, backward: bool = False) -> float:
@@ -69,7 +94,7 @@ def masked_patches(masking: Masking, crops: int, patches: int) -> int:
 
 
 def training_flops(
-    backbone: Backbone, heads: tuple[Head, Head], crops: Crops, masking: Masking, *, images: int
+    backbone: Backbone | ConvNeXtBackbone, heads: tuple[Head, Head], crops: Crops, masking: Masking, *, images: int
 ) -> dict[str, float]:
     """FLOPs of one training step over `images` images, activation checkpointing and Gram products not included.
 

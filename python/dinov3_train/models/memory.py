@@ -8,6 +8,8 @@ Weights, gradients and AdamW's two moments of the student and the EMA teacher's 
     selective  4 D + a (3 D + D + D + f')                the block's input; qkv, attention, proj, first FFN
     full       4 D                                       the block's input
 
+    ConvNeXt   4 (2 C) + a (3 C + 8 C)                   residual, norm; depthwise, norm, product, GELU
+
 f = 2 F for an MLP (before and after GELU), 4 F for SwiGLU; f' = F or 2 F. With checkpointing one block's full
 activations are held on top while it is run again. Drop path keeps its share of a. The rest: the weights' copies in the
 activation type, the token embeddings, heads and their logits, and the images. Not counted: allocator fragmentation,
@@ -18,8 +20,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dinov3_train.config import Backbone, Crops, Head, Masking
-from dinov3_train.models.flops import backbone_parameters, head_parameters, masked_patches, tokens_of
+from dinov3_train.config import Backbone, ConvNeXtBackbone, Crops, Head, Masking
+from dinov3_train.models.flops import (
+    CropGroup,
+    backbone_parameters,
+    head_parameters,
+    masked_patches,
+    stage_positions,
+    tokens_of,
+)
 from dinov3_train.models.layers import hidden_width
 
 FP32 = 4  # bytes
@@ -45,7 +54,7 @@ class TrainingMemory:
 
 
 def training_memory(
-    backbone: Backbone,
+    backbone: Backbone | ConvNeXtBackbone,
     heads: tuple[Head, Head],
     crops: Crops,
     *,
@@ -78,7 +87,9 @@ def training_memory(
         teachers=FP32 * frozen,
         gradients=FP32 * parameters,
         optimizer=2 * FP32 * parameters,
-        activations=backbone_activations(backbone, tokens, checkpointing, activation_bytes),
+        activations=_convnext_activations(backbone, (wide, local), checkpointing, activation_bytes)
+        if isinstance(backbone, ConvNeXtBackbone)
+        else backbone_activations(backbone, tokens, checkpointing, activation_bytes),
         heads=sum(_head(backbone, head, *each, activation_bytes) for head, each in zip(heads, rows)),
         images=(FP32 + activation_bytes) * pixels,
     )
@@ -101,7 +112,23 @@ def backbone_activations(backbone: Backbone, tokens: int, checkpointing: str, ac
     return int(tokens * (backbone.depth * kept + again + ends))
 
 
-def _head(backbone: Backbone, head: Head, student: int, teacher: int, activation_bytes: int) -> int:
+def _convnext_activations(
+    backbone: ConvNeXtBackbone, groups: tuple[CropGroup, ...], checkpointing: str, activation_bytes: int
+) -> int:
+    """Bytes backward reads of a ConvNeXt's blocks; checkpointed it is their input, selectively products too."""
+    kept = {
+        "none": 2 * FP32 + 11 * activation_bytes,
+        "selective": FP32 + 5 * activation_bytes,
+        "full": float(FP32),
+    }[checkpointing]
+    total = 0.0
+    for group in groups:
+        for depth, positions, dim in zip(backbone.depths, stage_positions(backbone, group), backbone.dims):
+            total += group[0] * positions * dim * (depth * kept * (1.0 - backbone.drop_path) + 2 * FP32)
+    return int(total)
+
+
+def _head(backbone: Backbone | ConvNeXtBackbone, head: Head, student: int, teacher: int, activation_bytes: int) -> int:
     """Bytes of a head: student rows with what backward reads, the logits' gradient, and the teacher's logits."""
     mlp = backbone.embed_dim + 2 * (head.layers - 1) * head.hidden + head.bottleneck
     unit = 2 * FP32 * head.bottleneck + activation_bytes * head.bottleneck

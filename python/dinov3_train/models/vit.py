@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dinov3_train.config import Backbone
+from dinov3_train.config import Backbone, Rope
 from dinov3_train.models.checkpointing import checkpointed
 from dinov3_train.models.draws import TrainingDraws
 from dinov3_train.models.layers import Block
@@ -16,6 +16,9 @@ from dinov3_train.models.packing import block_inputs
 from dinov3_train.models.rope import CropGroup
 
 BACKBONES: dict[str, Backbone] = {
+    "vit_micro": Backbone(  # gains and weights for short runs
+        name="vit_micro", embed_dim=128, depth=3, heads=2, layer_scale=1.0, init_std=0.07, rope=Rope(rescale=None)
+    ),
     "vit_tiny": Backbone(name="vit_tiny", embed_dim=192, depth=6, heads=3),
     "vit_small": Backbone(name="vit_small", embed_dim=384, depth=12, heads=6),
     "vit_small_plus": Backbone(name="vit_small_plus", embed_dim=384, depth=12, heads=6, ffn="swiglu", ffn_ratio=6.0),
@@ -215,6 +218,11 @@ def _sequences(x: Tensor, groups: tuple[CropGroup, ...], prefix: int) -> list[Te
     lengths = [prefix + group.grid[0] * group.grid[1] for group in groups]
     parts = x.split([group.count * length for group, length in zip(groups, lengths)])
     return [part.view(group.count, length, -1) for part, group, length in zip(parts, groups, lengths)]
+
+
+def vit_micro(patch_size: int = 16, drop_path: float = 0.0) -> VisionTransformer:
+    """D 128, depth 3, 2 heads: the student of a small teacher on two cores."""
+    return _named("vit_micro", patch_size, drop_path)
 
 
 def vit_tiny(patch_size: int = 16, drop_path: float = 0.0) -> VisionTransformer:

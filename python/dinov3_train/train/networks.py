@@ -11,6 +11,7 @@ from dinov3_ext import Collectives, sinkhorn_knopp
 
 from ..data.batch import CropBatch
 from ..losses import Outputs, Targets
+from ..models.convnext import ConvNeXt
 from ..models.draws import TrainingDraws
 from ..models.heads import ProjectionHead
 from ..models.vit import VisionTransformer
@@ -22,9 +23,17 @@ class Networks(nn.Module):
     """Backbone, DINO head on CLS tokens, iBOT head on masked patches."""
 
     def __init__(
-        self, backbone: VisionTransformer, dino_head: ProjectionHead, ibot_head: ProjectionHead, *, checkpointing: str
+        self,
+        backbone: VisionTransformer | ConvNeXt,
+        dino_head: ProjectionHead,
+        ibot_head: ProjectionHead,
+        *,
+        checkpointing: str,
+        hide_masked: bool = True,
     ):
+        """checkpointing: of activations; hide_masked: whether the student sees the mask token at masked patches."""
         super().__init__()
+        self.hide_masked = hide_masked
         self.backbone = backbone
         self.dino_head = dino_head
         self.ibot_head = ibot_head
@@ -33,7 +42,7 @@ class Networks(nn.Module):
     def forward(
         self, batch: CropBatch, global_crops: Tensor, local_crops: Tensor | None, draws: TrainingDraws
     ) -> Outputs:
-        """The student's pass: masked global crops and local crops through every layer together.
+        """The student's pass: (masked) global crops and local crops through every layer together.
 
         Args:
             batch: masks and their indices.
@@ -41,7 +50,7 @@ class Networks(nn.Module):
             local_crops: (L, B, 3, y, x) normalised, or None without local crops.
             draws: rotary boxes and dropped branches of this step.
         """
-        crops, masks = [global_crops.flatten(0, 1)], [batch.masks.flatten(0, 1)]
+        crops, masks = [global_crops.flatten(0, 1)], [batch.masks.flatten(0, 1) if self.hide_masked else None]
         if local_crops is not None:
             crops, masks = [*crops, local_crops.flatten(0, 1)], [*masks, None]
         groups = self.backbone.forward_packed(

@@ -19,11 +19,14 @@ class GroupRule:
     prototypes: bool
 
 
-def group_rule(name: str, *, depth: int, layer_decay: float, patch_embed_multiplier: float) -> GroupRule:
+def group_rule(
+    name: str, *, depth: int, layer_decay: float, patch_embed_multiplier: float, stages: tuple[int, ...] = ()
+) -> GroupRule:
     """The rule of one parameter by its dotted name in `Networks`.
 
     Depth index: 0 for patch embedding, CLS, registers and mask token; i + 1 for block i; depth + 1 for final norms and
-    heads. Learning rate: layer_decay^(depth + 1 - index), the patch embedding times `patch_embed_multiplier` more.
+    heads; in a ConvNeXt of `stages` blocks per stage 0 for the stem, the next block's for a convolution between stages.
+    Learning rate: layer_decay^(depth + 1 - index), the patch embedding times `patch_embed_multiplier` more.
     No weight decay for names that end in `bias` or hold `norm` or `gamma`; CLS, register and mask tokens are decayed.
 
     Source: spec 4.4 and trap 9.
@@ -36,10 +39,18 @@ def group_rule(name: str, *, depth: int, layer_decay: float, patch_embed_multipl
         parts[1] == "patch_embed" or parts[1].endswith("_token") or parts[1] == "storage_tokens"
     ):
         index = 0
+    elif parts[0] == "backbone" and parts[1] == "stages":
+        index = sum(stages[: int(parts[2])]) + int(parts[3]) + 1
+    elif parts[0] == "backbone" and parts[1] == "downsample_layers":
+        index = sum(stages[: int(parts[2])]) + 1 if int(parts[2]) else 0
     rate = layer_decay ** (depth + 1 - index)
     if parts[0] == "backbone" and parts[1] == "patch_embed":
         rate *= patch_embed_multiplier
     exempt = name.endswith("bias") or "norm" in name or "gamma" in name
+    if (
+        parts[1] == "downsample_layers"
+    ):  # a norm and a convolution, numbered: stem 4 x 4 then norm, elsewhere norm first
+        exempt = exempt or parts[3] == ("1" if parts[2] == "0" else "0")
     return GroupRule(rate, 0.0 if exempt else 1.0, parts[0].endswith("_head") and "prototypes" in name)
 
 
@@ -51,10 +62,16 @@ def adamw(
     State is created here, not at the first step, so that a checkpoint of any step has the same entries.
     """
     groups: dict[GroupRule, list[nn.Parameter]] = {}
-    depth = networks.backbone.depth
+    depth, stages = networks.backbone.depth, getattr(networks.backbone.backbone, "depths", ())
     for name, parameter in networks.named_parameters():
         if parameter.requires_grad:
-            rule = group_rule(name, depth=depth, layer_decay=layer_decay, patch_embed_multiplier=patch_embed_multiplier)
+            rule = group_rule(
+                name,
+                depth=depth,
+                layer_decay=layer_decay,
+                patch_embed_multiplier=patch_embed_multiplier,
+                stages=stages,
+            )
             groups.setdefault(rule, []).append(parameter)
     optimizer = torch.optim.AdamW(
         [{"params": p, "rule": r} for r, p in groups.items()], lr=0.0, betas=betas, fused=True
