@@ -10,6 +10,7 @@ import bisect
 import difflib
 import glob
 import itertools
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,8 @@ from PIL import Image
 # lower case; compared without regard to case
 IMAGE_SUFFIXES = frozenset({"avif", "bmp", "dib", "gif", "jfif", "jp2", "jpe", "jpeg", "jpg"})
 IMAGE_SUFFIXES |= {"pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"}
+# what lies beside an image and belongs to it, as `NAME.mask.png` beside `NAME.jpg`; never an image of its own
+COMPANIONS = ("mask.png", "depth.png")
 
 
 class Source(ABC):
@@ -46,6 +49,25 @@ class Source(ABC):
     def read_extra(self, index: int, suffix: str) -> bytes | None:
         """The sample's other file of this suffix (such as "mask.png" or "json"), None where it has none."""
         return None
+
+    def field(self, index: int, name: str) -> str | int | float | None:
+        """What is written about the image under `name`: an entry of its .json, None where there is none.
+
+        Errors: ValueError for a .json that holds no object, or an entry that is no text, number or truth value.
+        """
+        text = self.read_extra(index, "json")
+        if text is None:
+            return None
+        try:
+            about = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"data: {self.name(index)}: its .json cannot be read ({error})") from error
+        if not isinstance(about, dict):
+            raise ValueError(f"data: {self.name(index)}: expected an object in its .json, got {type(about).__name__}")
+        value = about.get(name)
+        if value is not None and not isinstance(value, (str, int, float)):
+            raise ValueError(f"data: {self.name(index)}: expected text or a number as {name}, got {value!r:.60}")
+        return value
 
 
 def open_source(spec: str | os.PathLike | Sequence[str | os.PathLike]) -> Source:
@@ -200,15 +222,18 @@ class FileSource(Source):
 
     def read_extra(self, index: int, suffix: str) -> bytes | None:
         path = Path(self._paths[index])
-        beside = path.with_name(f"{path.name.split('.')[0]}.{suffix}")
-        return beside.read_bytes() if beside.is_file() else None
+        for stem in dict.fromkeys((path.stem, path.name.split(".")[0])):  # "a.b.jpg": a.b.mask.png, else a.mask.png
+            beside = path.with_name(f"{stem}.{suffix.lstrip('.')}")
+            if beside.is_file():
+                return beside.read_bytes()
+        return None
 
 
 class FolderSource(FileSource):
     """All images below a folder, sorted by path; the name of the first folder level is the class.
 
     Links are followed and each folder is entered once, so a link to a parent ends. Hidden files and folders (a leading
-    dot, as in macOS's "._" copies) are left out.
+    dot, as in macOS's "._" copies) are left out, and so are companions of images: `NAME.mask.png`, `NAME.depth.png`.
     """
 
     def __init__(self, root: Path) -> None:
@@ -216,7 +241,7 @@ class FolderSource(FileSource):
         try:
             for path in _walk(root):
                 suffix = os.path.splitext(path)[1][1:].lower()
-                if suffix in IMAGE_SUFFIXES:
+                if suffix in IMAGE_SUFFIXES and not _is_companion(path):
                     found.append(path)
                 else:
                     other[suffix] = other.get(suffix, 0) + 1
@@ -232,6 +257,11 @@ class FolderSource(FileSource):
         classes = sorted({name for name in names if name is not None})
         number = {name: label for label, name in enumerate(classes)}
         super().__init__(found, [number.get(name) for name in names], classes or None)
+
+
+def _is_companion(path: str) -> bool:
+    """Whether the file describes an image beside it, as `NAME.mask.png` does."""
+    return path.lower().endswith(tuple(f".{suffix}" for suffix in COMPANIONS))
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -311,6 +341,10 @@ class ConcatenatedSource(Source):
     def read_extra(self, index: int, suffix: str) -> bytes | None:
         source, inner = self._find(index)
         return source.read_extra(inner, suffix)
+
+    def field(self, index: int, name: str) -> str | int | float | None:
+        source, inner = self._find(index)
+        return source.field(inner, name)
 
     def label(self, index: int) -> int | None:
         source, inner = self._find(index)

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dinov3_train.data.decode import UnreadableImage, decode
+from dinov3_train.evaluation.reading import prepared, warn_unreadable
 from dinov3_train.evaluation.view import View
 
 if TYPE_CHECKING:
@@ -41,6 +36,8 @@ class Extracted:
     labels: (n,), int64, -1 where the source has no label.
     names: n names, as the source gives them; unreadable: the names that were left out.
     classes: names of the classes in label order, or None; settings: how the features were made.
+    numbers: n numbers of the images in their source.
+    groups: n texts, what the source says about each image under one name (None: nothing), or None as a whole.
     """
 
     features: Tensor
@@ -49,6 +46,8 @@ class Extracted:
     classes: tuple[str, ...] | None = None
     unreadable: tuple[str, ...] = ()
     settings: dict = field(default_factory=dict)
+    numbers: tuple[int, ...] = ()
+    groups: tuple[str | None, ...] | None = None
 
     def __post_init__(self):
         counts = (len(self.features), len(self.labels), len(self.names))
@@ -91,27 +90,21 @@ def extract(
     _require("precision", precision, PRECISIONS)
     if batch_size < 1:
         raise ValueError(f"extract: batch_size expects at least 1, got {batch_size}")
-    was_training = backbone.training
-    backbone.eval()
-    pooled, numbers, unreadable, done = [], [], [], 0
-    try:
-        for pixels, readable, failed in _batches(source, view, batch_size, workers or min(os.cpu_count() or 1, 8)):
+    pooled, numbers, unreadable = [], [], []
+    with evaluating(backbone):
+        batches = prepared(source, lambda image, *_: view.pixels(image), batch_size=batch_size, workers=workers)
+        for readable, failed in batches:
             if readable:
-                pooled.append(_forward(backbone, pixels, view, pooling, precision))
-            numbers += readable
+                pixels = torch.stack([made for _, made in readable])
+                pooled.append(pool(forward(backbone, pixels, view, precision), pooling).float().cpu())
+            numbers += [number for number, _ in readable]
             unreadable += failed
-            done += len(readable) + len(failed)
             if progress is not None:
-                progress(done, len(source))
-    finally:
-        backbone.train(was_training)
+                progress(len(numbers) + len(unreadable), len(source))
     if not numbers:
         first = f"; first: {unreadable[0]}" if unreadable else ""
         raise ValueError(f"extract: expected at least one readable image, got {len(source)} entries and none{first}")
-    if unreadable:
-        listed = ", ".join(unreadable[:10]) + (", ..." if len(unreadable) > 10 else "")
-        message = f"extract: {len(unreadable)} of {len(source)} images are unreadable and left out: {listed}"
-        warnings.warn(message, stacklevel=2)
+    warn_unreadable("extract", unreadable, len(source))
     labels = [source.label(number) for number in numbers]
     return Extracted(
         features=torch.cat(pooled),
@@ -120,7 +113,27 @@ def extract(
         classes=None if source.classes is None else tuple(source.classes),
         unreadable=tuple(unreadable),
         settings={**view.to_dict(), "pooling": pooling, "precision": precision},
+        numbers=tuple(numbers),
     )
+
+
+def grouped(extracted: Extracted, source: Source, name: str | None) -> Extracted:
+    """The same features with what the source they came from says about each image under `name` (None: as they are).
+
+    Errors: ValueError when it says nothing of any image.
+    """
+    return extracted if name is None else replace(extracted, groups=groups_of(source, extracted.numbers, name))
+
+
+def groups_of(source: Source, numbers: Sequence[int], name: str) -> tuple[str | None, ...]:
+    """What the source says about each image under `name`, as text. Errors: ValueError when it says nothing of any."""
+    found = [source.field(number, name) for number in numbers]
+    if all(value is None for value in found):
+        raise ValueError(
+            f"group: expected a column of the manifest or an entry of the images' .json, got {name!r}, which none of "
+            f"{len(found)} images has"
+        )
+    return tuple(None if value is None else str(value) for value in found)
 
 
 def pool(features: Features, pooling: str) -> Tensor:
@@ -134,61 +147,30 @@ def pool(features: Features, pooling: str) -> Tensor:
 
 # Not inference_mode: tables the backbone caches in it could not serve a later training step.
 @torch.no_grad()
-def _forward(backbone: nn.Module, pixels: Tensor, view: View, pooling: str, precision: str) -> Tensor:
+def forward(
+    backbone: nn.Module, pixels: Tensor, view: View, precision: str = "fp32", layer: int | None = None
+) -> Features:
+    """Normed features of pixels uint8 (n, 3, Y, X), on the backbone's device.
+
+    precision: "fp32", or "bf16" for autocast; layer: number of a block from 0; None: the last.
+    Errors: ValueError for a layer outside the depth.
+    """
     device = next(backbone.parameters()).device
     autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    images = view.normalized(pixels.to(device))
     with autocast:
-        features = backbone.features(view.normalized(pixels.to(device)))
-    return pool(features, pooling).float().cpu()
+        return backbone.features(images) if layer is None else backbone.intermediate_layers(images, [layer])[0]
 
 
-def _batches(
-    source: Source, view: View, batch_size: int, workers: int
-) -> Iterator[tuple[Tensor | None, list[int], list[str]]]:
-    """Batches in order: pixels uint8 (n, 3, Y, X), the n numbers they have in the source, names of unreadable images.
-
-    Bytes are read here, one image after another (a source is one file handle); threads decode and resize, two batches
-    ahead.
-    """
-    pending: deque[list[tuple[int, Future]]] = deque()
-    with ThreadPoolExecutor(workers) as threads:
-        try:
-            for start in range(0, len(source), batch_size):
-                numbers = range(start, min(start + batch_size, len(source)))
-                pending.append([(n, threads.submit(_pixels, *_read(source, n), view)) for n in numbers])
-                if len(pending) > 2:
-                    yield _collected(pending.popleft())
-            while pending:
-                yield _collected(pending.popleft())
-        finally:
-            threads.shutdown(cancel_futures=True)
-
-
-def _read(source: Source, number: int) -> tuple[bytes | Image.Image | UnreadableImage, str]:
-    name = source.name(number)
+@contextlib.contextmanager
+def evaluating(backbone: nn.Module) -> Iterator[None]:
+    """The backbone in evaluation mode, and in its own mode again afterwards."""
+    was_training = backbone.training
+    backbone.eval()
     try:
-        return source.read(number), name
-    except UnreadableImage as error:
-        return error, name
-    except OSError as error:  # a file that is gone or may not be read
-        return UnreadableImage(name, error.strerror or str(error)), name
-
-
-def _pixels(data: bytes | Image.Image | UnreadableImage, name: str, view: View) -> Tensor | str:
-    try:
-        if isinstance(data, UnreadableImage):
-            raise data
-        return view.pixels(decode(data, name))
-    except UnreadableImage as error:
-        return str(error)
-
-
-def _collected(entries: list[tuple[int, Future]]) -> tuple[Tensor | None, list[int], list[str]]:
-    results = [(number, future.result()) for number, future in entries]
-    readable = [(number, pixels) for number, pixels in results if isinstance(pixels, Tensor)]
-    failed = [reason for _, reason in results if isinstance(reason, str)]
-    stacked = torch.stack([pixels for _, pixels in readable]) if readable else None
-    return stacked, [number for number, _ in readable], failed
+        yield
+    finally:
+        backbone.train(was_training)
 
 
 def save_features(extracted: Extracted, path: str | Path) -> Path:
@@ -230,13 +212,16 @@ def load_features(path: str | Path) -> Extracted:
             classes=None if about["classes"] is None else tuple(about["classes"]),
             unreadable=tuple(about["unreadable"]),
             settings=about["settings"],
+            numbers=tuple(about.get("numbers", ())),
+            groups=None if about.get("groups") is None else tuple(about["groups"]),
         )
     except (KeyError, SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"load_features: {path} was not written by save_features: {error}") from error
 
 
 def _sidecar(extracted: Extracted) -> dict:
-    about = {name: getattr(extracted, name) for name in ("names", "classes", "unreadable", "settings")}
+    kept = ("names", "classes", "unreadable", "settings", "numbers", "groups")
+    about = {name: getattr(extracted, name) for name in kept}
     return about | {"labels": extracted.labels.tolist(), "shape": list(extracted.features.shape)}
 
 

@@ -58,6 +58,14 @@ class View:
         resized = image if sides == image.size else image.resize(sides, Image.Resampling.BICUBIC)
         return to_pixels(resized.crop((left, top, left + self.size, top + self.size)))
 
+    def seen(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom): the part of an image of these sides, in its own pixels, that the view shows."""
+        if self.resize == "squash":
+            return 0, 0, width, height
+        side = min(width, height) * self.size / (self.short_side or self.size)
+        left, top = round((width - side) / 2), round((height - side) / 2)
+        return left, top, min(width, left + round(side)), min(height, top + round(side))
+
     def rectangle(self, image: Image.Image, multiple: int) -> Image.Image:
         """The whole image, native aspect: short side `size`, both sides rounded to multiples of `multiple` pixels."""
         scale = self.size / min(image.size)
