@@ -17,6 +17,7 @@ from . import schedule
 from .config import Config, from_yaml, to_yaml
 from .data.batch import CropBatch
 from .data.loader import UnreadableCount, make_loader
+from .data.mixture import draw_counts, mixture_lines, open_data
 from .data.sampler import BatchPlan
 from .data.sources import Source, open_source
 from .evaluation.extract import extract
@@ -64,7 +65,7 @@ def pretrain(config: Config, out: str | Path, *, console: Console | None = None)
         if folder.newest_step() is not None:
             check_same_run(config, run_config(folder.path), str(folder.path))
         console = console if here.first and console is not None else Console(quiet=not here.first)
-        source = open_source(list(config.data.sources))
+        source = open_data(config.data)
         labelled = [open_source(spec) for spec in config.data.labelled] if here.first else []
         check_memory(config, here.device, here.world_size)
         state = new_state(config, here)
@@ -88,6 +89,7 @@ def pretrain(config: Config, out: str | Path, *, console: Console | None = None)
                 watchers=Watchers(
                     unreadable=_unreadable(len(source), config.data.max_unreadable, progress),
                     evaluate=_evaluation(config, labelled) if labelled else None,
+                    drawn=draw_counts(source, seed=config.run.seed, batch_size=config.run.batch_size),
                 ),
                 ranks=here,
                 config_yaml=to_yaml(config),
@@ -275,6 +277,8 @@ def _say_start(
         highlight=False,
         soft_wrap=True,
     )
+    for line in mixture_lines(source, run.steps * run.batch_size):
+        console.print(line, highlight=False, soft_wrap=True)
     if len(source) < run.batch_size:
         console.print(
             f"note: {len(source)} images are fewer than a batch of {run.batch_size}, so a step sees some of them twice",

@@ -68,17 +68,18 @@ def pretrain(
 
 def _config(words: list[str], command: str, *, need_out: bool):
     from .config import override
+    from .data.sources import split_commas
     from .recipes import recipe
 
     options = {
         "recipe": Option(str, required=True, help="NAME (see dinov3 recipes)"),
-        "data": Option(str, help="folder, file list, tar shards or torchvision:NAME; commas between several"),
+        "data": Option(str, help="folder, file list, tar shards, torchvision:NAME or manifest; commas between several"),
         "out": Option(Path, required=need_out, help="RUN"),
         "config": Option(Path, help="YAML file with overrides"),
     }
     values, overrides = word_options.read(command, words, options, rest=True)
     if values["data"] is not None:
-        overrides = [f"data.sources=[{','.join(_quoted(part) for part in values['data'].split(','))}]", *overrides]
+        overrides = [f"data.sources=[{','.join(_quoted(part) for part in split_commas(values['data']))}]", *overrides]
     return override(recipe(values["recipe"]), overrides, values["config"]), values["out"]
 
 

@@ -132,9 +132,12 @@ class Masking:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where images come from: folder, file list, WebDataset tar shards or `torchvision:NAME`, one or several."""
+    """Where images come from: folder, file list, tar shards, `torchvision:NAME` or manifest (.parquet), or several."""
 
     sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()  # of each source's images in a step; empty: one pool in which all images are equal
+    homogeneous: tuple[str, ...] = ()  # of the sources, those that fill whole steps of their own
+    homogeneous_share: float = 0.0  # of all steps (paper: 0.1, ImageNet-1k); the others mix all sources by weight
     labelled: tuple[str, ...] = ()  # train and test source for the online k-NN: empty, or exactly two
     workers: int | None = None  # loader processes; None: one per core, at most 8. Any number gives the same images
     max_unreadable: float = 0.01  # share of images; above it the run stops with the list

@@ -8,6 +8,7 @@ import torch
 
 from .config import Backbone, Config, ConvNeXtBackbone, to_dict
 from .data.batch import patch_grid
+from .data.mixture import check_mixing
 from .models.architectures import side_multiple
 from .models.memory import TrainingMemory, training_memory
 
@@ -33,7 +34,10 @@ FREE_ON_RESUME = (
 def check(config: Config, world_size: int = 1) -> None:
     """Errors: ValueError for settings that cannot work together or name no data, before any work."""
     if not config.data.sources:
-        raise ValueError("data: expected a folder, file list, tar shards or torchvision:NAME, got nothing (data=PATH)")
+        raise ValueError(
+            "data: expected a folder, file list, tar shards, torchvision:NAME or manifest, got nothing (data=PATH)"
+        )
+    check_mixing(config.data)
     check_settings(config, world_size)
 
 

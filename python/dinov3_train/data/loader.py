@@ -47,7 +47,7 @@ def make_loader(
         patch_grid(crops.gram_size, patch_size, "crops.gram_size")
     if workers < 0:
         raise ValueError(f"make_loader: workers must be at least 0, got {workers}")
-    batches = _Batches(source, MultiCrop(crops), masking, batch, grid, Sampler(len(source), batch.seed))
+    batches = _Batches(source, MultiCrop(crops), masking, batch, grid, source.sampler(batch.seed, batch.batch_size))
     micro_batches = range(start_step * batch.accumulate, steps * batch.accumulate)
     return CropLoader(batches, micro_batches, workers)
 
@@ -118,7 +118,7 @@ class _Batches(Dataset):
 
     def _view(self, index: int, skipped: list[str]) -> tuple[Views, str]:
         """Crops of sample `index` and its image's name; the next in the order stands in for an unreadable image."""
-        attempts = min(self.sampler.size, UNREADABLE_IN_A_ROW)
+        attempts = min(self.sampler.candidates(index), UNREADABLE_IN_A_ROW)
         for skip in range(attempts):
             number = self.sampler.image(index, skip=skip)
             name = self.source.name(number)

@@ -115,9 +115,14 @@ def absolute_spec(spec: str) -> str:
 
 
 def absolute_name(name: str) -> str:
-    """The name that a source gives an image once its paths are absolute, as text that Parquet takes (valid UTF-8)."""
+    """The name that a source gives an image once its paths are absolute, as text that Parquet takes."""
     if "://" not in name and not name.startswith("torchvision:"):
         name = os.path.join(os.getcwd(), name)
+    return valid_text(name)
+
+
+def valid_text(name: str) -> str:
+    """The name as Parquet takes it: bytes of a file name that are no UTF-8 are written as backslash escapes."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

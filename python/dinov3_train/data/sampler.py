@@ -51,14 +51,16 @@ class BatchPlan:
 class Sampler:
     """Image number of a global sample index i: permutation(seed, epoch)[i mod size], epoch = i div size.
 
-    Keeps the permutations of the two epochs last asked for: a batch can straddle a border.
+    Keeps the permutations of the two epochs last asked for: a batch can straddle a border. `stream` sets the orders of
+    several samplers of one seed apart.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int, stream: str = "epoch") -> None:
         if size < 1:
             raise ValueError(f"Sampler: size must be at least 1 image, got {size}")
         self.size = size
         self.seed = seed
+        self._stream = stream
         self._orders: dict[int, np.ndarray] = {}
 
     def image(self, index: int, *, skip: int = 0) -> int:
@@ -66,9 +68,13 @@ class Sampler:
         epoch, place = divmod(int(index), self.size)
         return int(self._order(epoch)[(place + skip) % self.size])
 
+    def candidates(self, index: int) -> int:
+        """How many different images `skip` reaches from sample `index`."""
+        return self.size
+
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
             while len(self._orders) >= 2:
                 del self._orders[next(iter(self._orders))]
-            self._orders[epoch] = counter.permutation(self.seed, f"epoch/{epoch}", self.size)
+            self._orders[epoch] = counter.permutation(self.seed, f"{self._stream}/{epoch}", self.size)
         return self._orders[epoch]

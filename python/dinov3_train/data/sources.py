@@ -1,4 +1,4 @@
-"""Sources of images: a folder, a file list, WebDataset tar shards, a torchvision dataset by name, or several together.
+"""Sources of images: folder, file list, WebDataset tar shards, torchvision dataset, manifest, or several together.
 
 Every source answers the same questions by image number, holds its index in flat arrays (workers share it) and can be
 pickled. Nothing is decoded here.
@@ -12,12 +12,15 @@ import glob
 import itertools
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from .sampler import Sampler
 
 # lower case; compared without regard to case
 IMAGE_SUFFIXES = frozenset({"avif", "bmp", "dib", "gif", "jfif", "jp2", "jpe", "jpeg", "jpg"})
@@ -41,6 +44,14 @@ class Source(ABC):
     @abstractmethod
     def read(self, index: int) -> bytes | Image.Image:
         """The image's file as bytes, or the image itself where the source has no file."""
+
+    def ready(self) -> Source:
+        """Do what the first read would do, such as opening files, so that errors come early; returns the source."""
+        return self
+
+    def sampler(self, seed: int, batch_size: int) -> Sampler:
+        """The order in which a run draws the images: here every image equally often."""
+        return Sampler(len(self), seed)
 
     def label(self, index: int) -> int | None:
         """Class of the image, None where it has none."""
@@ -76,13 +87,16 @@ def open_source(spec: str | os.PathLike | Sequence[str | os.PathLike]) -> Source
     A folder: every image below it; the first folder level names the class. A .txt file: one path a line, relative to
     the list, optionally a TAB and a label; or one shard a line. Tar shards: a .tar, `x-{000..012}.tar`, a glob, several
     with commas, URLs (file://, http(s)://, s3://, ... through fsspec). `torchvision:NAME[:root=PATH][:split=train]
-    [:download=true]`. Errors: ValueError for what is missing, empty or damaged.
+    [:download=true]`. A manifest of `dinov3 curate`: `FILE.parquet`, or `FILE.parquet:part=NAME`. Commas between specs
+    of any kind. Errors: ValueError for what is missing, empty or damaged.
     """
     if isinstance(spec, (str, os.PathLike)):
         return _open_one(os.fspath(spec))
     sources = [open_source(entry) for entry in spec]
     if not sources:
-        raise ValueError("data: expected at least one source (folder, list, shards or torchvision:NAME), got none")
+        raise ValueError(
+            "data: expected at least one source (folder, list, shards, torchvision:NAME or manifest), got none"
+        )
     return sources[0] if len(sources) == 1 else ConcatenatedSource(sources)
 
 
@@ -90,9 +104,15 @@ def _open_one(spec: str) -> Source:
     from .shards import ShardSource  # it needs `Source`
     from .torchvision_source import open_torchvision
 
+    path, parts = Path(spec).expanduser(), split_commas(spec)
+    if len(parts) > 1 and not path.exists() and not all(_is_shard(part) for part in parts):
+        return open_source(parts)
     if spec.startswith("torchvision:"):
         return open_torchvision(spec)
-    path = Path(spec).expanduser()
+    if re.search(r"\.parquet(:part=.+)?$", spec, re.IGNORECASE):
+        from .manifest_source import open_manifest  # slow to import, and no other source needs it
+
+        return open_manifest(spec)
     if path.is_dir():
         return FolderSource(path)
     if path.is_file() and path.suffix.lower() == ".txt":
@@ -101,7 +121,9 @@ def _open_one(spec: str) -> Source:
             return ShardSource([_beside(path, line.strip()) for line in lines])
         return ListSource(path, lines)
     if path.is_file() and not _is_shard(spec):
-        raise ValueError(f"data: {spec} is a file of another kind, expected a folder, a .txt list or a .tar shard")
+        raise ValueError(
+            f"data: {spec} is a file of another kind, expected a folder, .txt list, .tar shard or .parquet manifest"
+        )
     shards = [shard for pattern in split_commas(spec) for text in expand_braces(pattern) for shard in _matches(text)]
     return ShardSource(shards)
 
@@ -129,7 +151,7 @@ def _matches(pattern: str) -> list[str]:
         return found
     if wrong:
         raise ValueError(f"data: {pattern} matches {wrong[0]}, expected .tar shards only")
-    raise ValueError(f"data: {pattern} does not exist{_nearest(Path(path))}")
+    raise ValueError(f"data: {pattern} does not exist{nearest_name(Path(path))}")
 
 
 def _remote_matches(pattern: str) -> list[str]:
@@ -144,7 +166,7 @@ def _remote_matches(pattern: str) -> list[str]:
     return found
 
 
-def _nearest(path: Path) -> str:
+def nearest_name(path: Path) -> str:
     """A hint after "does not exist": entries of the nearest existing parent that look alike."""
     parent = next((above for above in path.parents if above.is_dir()), Path("."))
     missing = path.relative_to(parent).parts[0] if path.is_relative_to(parent) else path.name
@@ -323,6 +345,11 @@ class ConcatenatedSource(Source):
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    def ready(self) -> ConcatenatedSource:
+        for source in self._sources:
+            source.ready()
+        return self
 
     def _find(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):

@@ -23,10 +23,11 @@ from .step import StepReport, StepSettings, StepValues, TrainState, train_step
 
 @dataclass(frozen=True, kw_only=True)
 class Watchers:
-    """What looks on while a run trains: a count of unreadable images, and an evaluation of the teacher."""
+    """What looks on while a run trains: counts of unreadable and of drawn images, and an evaluation of the teacher."""
 
     unreadable: Callable[[tuple[str, ...]], None]  # names a batch had to skip; raises when there are too many
     evaluate: Callable[[TrainState], dict[str, float]] | None  # called on the first rank only
+    drawn: Callable[[int], dict[str, float]] | None = None  # after so many steps: images and epochs of each source
 
 
 @dataclass
@@ -86,7 +87,8 @@ def fit(
                     f"step {state.step - 1}: loss or gradient not finite, step skipped ({state.skipped} in a row)"
                 )
             if state.step % run.log_every == 0 or state.step == run.steps:
-                _log(state, report, values, ranks=ranks, log=log, clock=clock, run=run, progress=progress)
+                drawn = watchers.drawn(state.step) if watchers.drawn is not None and ranks.first else {}
+                _log(state, report, values, drawn, ranks=ranks, log=log, clock=clock, run=run, progress=progress)
             if run.evaluate_every and state.step % run.evaluate_every == 0 and watchers.evaluate is not None:
                 _evaluate(state, watchers.evaluate, ranks=ranks, log=log, clock=clock, progress=progress)
             if run.history_every and state.step % run.history_every == 0 and ranks.first:
@@ -110,6 +112,7 @@ def _log(
     state: TrainState,
     report: StepReport,
     values: StepValues,
+    drawn: dict[str, float],
     *,
     ranks: Ranks,
     log: MetricsLog | None,
@@ -130,6 +133,7 @@ def _log(
         "teacher_temperature": values.teacher_temperature,
         "images": state.images,
     }
+    line |= drawn
     line |= clock.lap(time.monotonic(), run.batch_size)
     log.write(state.step, line)
     progress.values(state.step, line)

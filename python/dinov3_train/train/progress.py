@@ -47,7 +47,9 @@ class ProgressLine:
         """Show the numbers logged at `step`."""
         names = [name for name in ("loss", "dino_global", "dino_local", "ibot", "koleo") if name in values]
         losses = "  ".join(f"{name} {values[name]:.3f}" for name in names)
-        text = f"{values['images_per_second']:.1f} images/s  {losses}  lr {values['learning_rate']:.2e}"
+        text = (
+            f"{values['images_per_second']:.1f} images/s  {losses}  lr {values['learning_rate']:.2e}{_epochs(values)}"
+        )
         if self._bar is not None:
             self._bar.update(self._task, text=text)
         else:
@@ -66,3 +68,11 @@ class ProgressLine:
             seconds = min(seconds, self.seconds_limit - elapsed)
         minutes, seconds = divmod(max(int(seconds), 0), 60)
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _epochs(values: dict[str, float]) -> str:
+    """Epochs done, of the pool or of each source."""
+    sources = {key.partition("/")[2]: epochs for key, epochs in values.items() if key.startswith("epochs/")}
+    if sources:
+        return "  epochs " + ", ".join(f"{name} {epochs:.2f}" for name, epochs in sources.items())
+    return f"  epoch {values['epochs']:.2f}" if "epochs" in values else ""
