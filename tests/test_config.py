@@ -102,7 +102,19 @@ def test_every_misspelt_key_finds_its_own():
 
 def test_leaves_cover_every_field_of_every_section():
     names = {key.rsplit(".", 1)[-1] for key in leaves()}
-    sections = {"backbone", "rope", "dino_head", "ibot_head", "crops", "masking", "data", "losses", "optimizer", "run"}
+    sections = {
+        "backbone",
+        "rope",
+        "dino_head",
+        "ibot_head",
+        "crops",
+        "masking",
+        "data",
+        "losses",
+        "optimizer",
+        "run",
+        "monitor",
+    }
     assert {f.name for section in SECTIONS for f in dataclasses.fields(section)} == names | sections
 
 

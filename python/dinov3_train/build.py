@@ -22,12 +22,15 @@ from .data.sampler import BatchPlan
 from .data.sources import Source, open_source
 from .evaluation.extract import extract
 from .evaluation.knn import evaluate_knn
+from .evaluation.monitor import PREFIX, Monitor, history_of
+from .evaluation.panel import open_panel
 from .evaluation.view import View
 from .losses import DinoLoss, IbotLoss, KoLeoLoss, Term
 from .models.architectures import backbone_of
 from .models.convnext import ConvNeXt
 from .models.heads import ProjectionHead
 from .models.vit import VisionTransformer
+from .report import read_metrics
 from .train.distributed import Ranks, ranks, replicated
 from .train.loop import Watchers, fit
 from .train.networks import Networks, teacher_of
@@ -90,6 +93,8 @@ def pretrain(config: Config, out: str | Path, *, console: Console | None = None)
                     unreadable=_unreadable(len(source), config.data.max_unreadable, progress),
                     evaluate=_evaluation(config, labelled) if labelled else None,
                     drawn=draw_counts(source, seed=config.run.seed, batch_size=config.run.batch_size),
+                    monitor=monitor(config, source, folder, state.step, console) if here.first else None,
+                    monitor_every=config.monitor.every,
                 ),
                 ranks=here,
                 config_yaml=to_yaml(config),
@@ -259,6 +264,47 @@ def _evaluation(config: Config, labelled: list[Source]) -> Callable[[TrainState]
         return {"knn": score.accuracy, "knn_mean_per_class": score.mean_per_class}
 
     return evaluate
+
+
+def monitor(
+    config: Config, source: Source, folder: RunFolder, step: int, console: Console
+) -> Callable[[TrainState], tuple[dict[str, float], list[str]]] | None:
+    """The health monitor of a run that starts or continues at `step`; None where it is off or has nothing to look at.
+
+    Its panel has fewer images than `monitor.images` where the source has no more, which is said.
+    """
+    wanted, spec = config.monitor.images, config.monitor.source
+    if not config.monitor.every:
+        return None
+    panel_source = source if spec is None else open_source(spec)
+    try:
+        panel = open_panel(panel_source, view(config), images=wanted, patch_size=config.backbone.patch_size, at_least=2)
+    except ValueError as error:
+        if spec is not None:
+            raise ValueError(f"monitor.source: {error}") from error
+        console.print(f"note: no health monitor: {error}", highlight=False, soft_wrap=True)
+        return None
+    if len(panel.names) < wanted:
+        console.print(
+            f"note: the health monitor looks at {len(panel.names)} images, there are no more", highlight=False
+        )
+    rows = read_metrics(folder.metrics) if folder.metrics.is_file() else []
+    found = Monitor(
+        panel=panel,
+        folder=folder.health,
+        history=history_of(rows, until=step),
+        settled=max(config.optimizer.warmup, config.run.steps // 20),
+        temperature=config.losses.student_temperature,
+        oldest_resume=lambda: min(folder.checkpoints().steps(), default=0),
+    )
+    weights = {"dino_head": config.losses.dino, "ibot_head": config.losses.ibot}
+
+    def look(state: TrainState) -> tuple[dict[str, float], list[str]]:
+        heads = {name: getattr(state.teacher, name) for name, weight in weights.items() if weight > 0}
+        values, appeared = found.look(state.step, state.teacher.backbone, heads)
+        return {PREFIX + key: value for key, value in values.items()}, [sign.text for sign in appeared]
+
+    return look
 
 
 def view(config: Config, size: int | None = None) -> View:

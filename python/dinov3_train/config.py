@@ -202,6 +202,15 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Monitor:
+    """Dense-feature health while training, without labels, on a fixed panel of images; see `dinov3 health`."""
+
+    every: int = 200  # steps between looks at the EMA teacher, beside those at the start and the end; 0: none at all
+    images: int = 16  # in the panel, spread evenly over its source
+    source: str | None = None  # where they come from; None: the run's own images
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run."""
 
@@ -215,9 +224,10 @@ class Config:
     losses: Losses = field(default_factory=Losses)
     optimizer: Optimizer = field(default_factory=Optimizer)
     run: Run = field(default_factory=Run)
+    monitor: Monitor = field(default_factory=Monitor)
 
 
-SECTIONS = (Config, Backbone, ConvNeXtBackbone, Rope, Head, Crops, Masking, Data, Losses, Optimizer, Run)
+SECTIONS = (Config, Backbone, ConvNeXtBackbone, Rope, Head, Crops, Masking, Data, Losses, Optimizer, Run, Monitor)
 
 
 def leaves(config_type: type = Config, prefix: str = "") -> dict[str, type]:

@@ -27,6 +27,9 @@ FREE_ON_RESUME = (
     "data.workers",
     "data.labelled",
     "data.max_unreadable",
+    "monitor.every",
+    "monitor.images",
+    "monitor.source",
     "recipe",
 )
 
@@ -83,6 +86,12 @@ def check_settings(config: Config, world_size: int) -> None:
     ):
         if value < 1:
             raise ValueError(f"{key}: expected at least 1, got {value}")
+    if config.monitor.every < 0:
+        raise ValueError(f"monitor.every: expected at least 0 (none), got {config.monitor.every}")
+    if config.monitor.every and config.monitor.images < 2:
+        raise ValueError(
+            f"monitor.images: expected at least 2, got {config.monitor.images} (monitor.every=0: no monitor)"
+        )
     if not 0.0 <= config.backbone.drop_path < 1.0:
         raise ValueError(f"backbone.drop_path: expected a rate in [0, 1), got {config.backbone.drop_path}")
     if len(config.data.labelled) not in (0, 2):

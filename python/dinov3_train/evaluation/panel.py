@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -30,6 +31,13 @@ class Panel:
     finer: Tensor
     view: View
 
+    @property
+    def digest(self) -> str:
+        """Tells panels apart: of the pixels and their normalisation."""
+        pixels = hashlib.sha256(self.pixels.numpy().tobytes())
+        pixels.update(repr((tuple(self.pixels.shape), self.view.mean, self.view.std)).encode())
+        return pixels.hexdigest()
+
 
 @dataclass(frozen=True, kw_only=True)
 class PanelFeatures:
@@ -45,7 +53,7 @@ class PanelFeatures:
     finer: Tensor
 
 
-def open_panel(source: Source, view: View, *, images: int, patch_size: int) -> Panel:
+def open_panel(source: Source, view: View, *, images: int, patch_size: int, at_least: int | None = None) -> Panel:
     """`images` readable images spread evenly over a source, the same ones each time.
 
     An unreadable image gives its place to the next one after it that can be read and is not in the panel yet.
@@ -55,15 +63,16 @@ def open_panel(source: Source, view: View, *, images: int, patch_size: int) -> P
         view: its `size` is the panel's side in pixels.
         images: at least 2, so that images can be told apart.
         patch_size: of the backbone, which must divide the side.
+        at_least: so many readable images will do where there are no more; None: `images`.
 
     Errors: ValueError for fewer than 2 images, an empty source, fewer readable images than asked.
     """
     patch_grid(view.size, patch_size, "panel: size")
     if images < 2:
         raise ValueError(f"panel: images expects at least 2, got {images}")
-    total = len(source)
-    if total < images:
-        raise ValueError(f"panel: expected at least {images} images, the source has {total or 'none'}")
+    total, needed = len(source), images if at_least is None else at_least
+    if total < needed:
+        raise ValueError(f"panel: expected at least {needed} images, the source has {total or 'none'}")
     finer = replace(view, size=FINER * view.size, short_side=None if view.short_side is None else FINER * view.size)
     taken: set[int] = set()
     names, pixels, enlarged = [], [], []
@@ -81,8 +90,8 @@ def open_panel(source: Source, view: View, *, images: int, patch_size: int) -> P
             pixels.append(view.pixels(image))
             enlarged.append(finer.pixels(image))
             break
-    if len(names) < images:
-        raise ValueError(f"panel: expected {images} readable images, got {len(names)} of the {total} in the source")
+    if len(names) < needed:
+        raise ValueError(f"panel: expected {needed} readable images, got {len(names)} of the {total} in the source")
     return Panel(names=tuple(names), pixels=torch.stack(pixels), finer=torch.stack(enlarged), view=view)
 
 

@@ -23,11 +23,17 @@ from .step import StepReport, StepSettings, StepValues, TrainState, train_step
 
 @dataclass(frozen=True, kw_only=True)
 class Watchers:
-    """What looks on while a run trains: counts of unreadable and of drawn images, and an evaluation of the teacher."""
+    """What looks on while a run trains: counts of unreadable and of drawn images, an evaluation of the teacher, its health.
+
+    `evaluate` and `monitor` are called on the first rank only; `monitor` gives values to log and warnings to say, at
+    step 0, every `monitor_every` steps and at the last step.
+    """
 
     unreadable: Callable[[tuple[str, ...]], None]  # names a batch had to skip; raises when there are too many
-    evaluate: Callable[[TrainState], dict[str, float]] | None  # called on the first rank only
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None
     drawn: Callable[[int], dict[str, float]] | None = None  # after so many steps: images and epochs of each source
+    monitor: Callable[[TrainState], tuple[dict[str, float], list[str]]] | None = None
+    monitor_every: int = 0
 
 
 @dataclass
@@ -72,6 +78,8 @@ def fit(
     clock = Clock(began=time.monotonic(), last=time.monotonic())
     reason, saved = "steps", state.step
     with _stop_signals() as stop:
+        if watchers.monitor_every and state.step == 0:
+            _monitor(state, watchers.monitor, ranks=ranks, log=log, clock=clock, progress=progress)
         while state.step < run.steps:
             asked = time.monotonic()
             micro_batches = list(islice(batches, run.accumulate))
@@ -91,6 +99,9 @@ def fit(
                 _log(state, report, values, drawn, ranks=ranks, log=log, clock=clock, run=run, progress=progress)
             if run.evaluate_every and state.step % run.evaluate_every == 0 and watchers.evaluate is not None:
                 _evaluate(state, watchers.evaluate, ranks=ranks, log=log, clock=clock, progress=progress)
+            due = watchers.monitor_every and (state.step % watchers.monitor_every == 0 or state.step == run.steps)
+            if due:
+                _monitor(state, watchers.monitor, ranks=ranks, log=log, clock=clock, progress=progress)
             if run.history_every and state.step % run.history_every == 0 and ranks.first:
                 save_history(folder.history, state)
             late = run.minutes is not None and time.monotonic() - clock.began >= 60.0 * run.minutes
@@ -156,6 +167,25 @@ def _evaluate(
         progress.say(f"step {state.step}: {shown}")
     barrier()
     clock.last += time.monotonic() - began  # evaluation is not part of the training speed
+
+
+def _monitor(
+    state: TrainState,
+    monitor: Callable[[TrainState], tuple[dict[str, float], list[str]]] | None,
+    *,
+    ranks: Ranks,
+    log: MetricsLog | None,
+    clock: Clock,
+    progress: ProgressLine,
+) -> None:
+    began = time.monotonic()
+    if log is not None and monitor is not None:
+        values, warnings = monitor(state)
+        log.write(state.step, values | {"seconds": time.monotonic() - clock.began})
+        for warning in warnings:
+            progress.say(f"health, {warning}")
+    barrier()
+    clock.last += time.monotonic() - began  # nor is this
 
 
 @contextmanager

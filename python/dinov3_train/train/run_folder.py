@@ -28,6 +28,10 @@ class RunFolder:
     def history(self) -> Path:
         return self.path / "history"
 
+    @property
+    def health(self) -> Path:
+        return self.path / "health"
+
     def checkpoints(self, keep: int = 3) -> Checkpoints:
         return Checkpoints(self.path / "checkpoints", keep)
 
