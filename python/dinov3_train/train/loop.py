@@ -23,7 +23,7 @@ from .step import StepReport, StepSettings, StepValues, TrainState, train_step
 
 @dataclass(frozen=True, kw_only=True)
 class Watchers:
-    """What looks on while a run trains: counts of unreadable and of drawn images, an evaluation of the teacher, its health.
+    """What looks on while a run trains: counts of unreadable and drawn images, evaluation and health of the teacher.
 
     `evaluate` and `monitor` are called on the first rank only; `monitor` gives values to log and warnings to say, at
     step 0, every `monitor_every` steps and at the last step.
