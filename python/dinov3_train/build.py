@@ -119,7 +119,7 @@ def new_state(config: Config, here: Ranks) -> TrainState:
     optimizer = adamw(
         student, betas=rules.betas, layer_decay=rules.layer_decay, patch_embed_multiplier=rules.patch_embed_multiplier
     )
-    return TrainState(student, teacher, optimizer, replicated(student, here.world_size))
+    return TrainState(student, teacher, optimizer, replicated(student, here.world_size, here.group))
 
 
 def networks(config: Config) -> Networks:

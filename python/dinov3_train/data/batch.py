@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -95,6 +96,14 @@ def normalize(crops: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
     channels = torch.tensor([tuple(mean), tuple(std)], dtype=torch.float32) * 255.0  # (2, 3)
     shift, scale = channels.to(crops.device).reshape(2, 3, 1, 1)
     return crops.to(torch.float32).sub_(shift).div_(scale)
+
+
+def resized(crops: Tensor, side: int) -> Tensor:
+    """Normalised crops fp32 (G, B, 3, Y, X) at another side, bicubic with antialiasing; as they are at their own."""
+    if crops.shape[-2:] == (side, side):
+        return crops
+    smaller = F.interpolate(crops.flatten(0, 1), size=(side, side), mode="bicubic", antialias=True)
+    return smaller.unflatten(0, crops.shape[:2])
 
 
 def patch_grid(side: int, patch_size: int, name: str) -> int:

@@ -34,17 +34,20 @@ def make_loader(
     start_step: int,
     steps: int,
     workers: int,
+    mask_grid: int | None = None,
 ) -> CropLoader:
     """An iterable over the batches of steps [start_step, steps): `batch.accumulate` records per step, in order.
 
     source: images (fewer than a batch are allowed: epochs wrap within it); patch_size: pixels, divides every crop side;
-    workers: processes that decode, 0 for none. Errors: sides that do not divide, a plan that does not divide.
+    workers: processes that decode, 0 for none; mask_grid: patches along a side of the masks, where it is not the global
+    crop's own. Errors: sides that do not divide, a plan that does not divide.
     """
     grid = patch_grid(crops.global_size, patch_size, "crops.global_size")
     if crops.locals:
         patch_grid(crops.local_size, patch_size, "crops.local_size")
     if crops.gram_size is not None:
         patch_grid(crops.gram_size, patch_size, "crops.gram_size")
+    grid = grid if mask_grid is None else mask_grid
     if workers < 0:
         raise ValueError(f"make_loader: workers must be at least 0, got {workers}")
     batches = _Batches(source, MultiCrop(crops), masking, batch, grid, source.sampler(batch.seed, batch.batch_size))

@@ -27,10 +27,11 @@ STEP_FOLDER = re.compile(r"step_(\d{8})$")
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run folder; `keep` newest stay."""
+    """The checkpoints of one run folder; `keep` newest stay. `group`: the ranks that hold the state; None: all."""
 
     folder: Path
     keep: int
+    group: dist.ProcessGroup | None = None
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -45,13 +46,13 @@ class Checkpoints:
         Errors: OSError when it cannot be written (a full disk, say); earlier checkpoints are untouched.
         """
         target, partial = self.path(state.step), self.folder / f"step_{state.step:08d}.partial"
-        first = not dist.is_initialized() or dist.get_rank() == 0
+        first = not dist.is_initialized() or dist.get_rank(self.group) == 0
         if first:
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
-        barrier()
+        barrier(self.group)
         try:
-            _write(_entries(state) | {"config": config_yaml, "random": _random_state()}, partial)
+            _write(_entries(state) | {"config": config_yaml, "random": _random_state()}, partial, self.group)
         except (Exception, CheckpointException) as error:  # torch's own is no Exception
             free = shutil.disk_usage(self.folder).free / 2**20  # before the unfinished files go
             if first:
@@ -66,7 +67,7 @@ class Checkpoints:
             _sync_folder(self.folder)
             for step in self.steps()[: -self.keep]:
                 shutil.rmtree(self.path(step), ignore_errors=True)
-        barrier()
+        barrier(self.group)
         return target
 
     def load(self, state: TrainState, step: int) -> None:
@@ -78,7 +79,7 @@ class Checkpoints:
         entries = _entries(state) | {"config": "", "random": _random_state()}
         try:
             _check_same_tensors(entries, target)
-            _read(entries, target)
+            _read(entries, target, self.group)
         except ValueError:
             raise
         except (Exception, CheckpointException) as error:  # a damaged file makes torch raise many types
@@ -145,18 +146,22 @@ def _random_state() -> dict:
     return {"cpu": torch.get_rng_state()} | cuda
 
 
-def _write(entries: dict, path: Path) -> None:
+def _write(entries: dict, path: Path, group: dist.ProcessGroup | None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that no process group exists; that is meant here
-        dcp.save(entries, checkpoint_id=path, no_dist=not dist.is_initialized())
+        dcp.save(entries, checkpoint_id=path, process_group=group, no_dist=_one_rank(group))
 
 
-def _read(entries: dict, path: Path) -> None:
+def _one_rank(group: dist.ProcessGroup | None) -> bool:
+    return not dist.is_initialized() or dist.get_world_size(group) == 1
+
+
+def _read(entries: dict, path: Path, group: dist.ProcessGroup | None = None) -> None:
     if not path.is_dir():
         raise ValueError(f"checkpoint: expected a folder, got {path}, which does not exist")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(entries, checkpoint_id=path, no_dist=not dist.is_initialized())
+        dcp.load(entries, checkpoint_id=path, process_group=group, no_dist=_one_rank(group))
 
 
 def _check_same_tensors(entries: dict, path: Path, complete: bool = True) -> None:

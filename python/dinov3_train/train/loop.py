@@ -77,7 +77,7 @@ def fit(
     log = MetricsLog(folder, state.step, run.tensorboard, run.wandb) if ranks.first else None
     clock = Clock(began=time.monotonic(), last=time.monotonic())
     reason, saved = "steps", state.step
-    with _stop_signals() as stop:
+    with stop_signals() as stop:
         if watchers.monitor_every and state.step == 0:
             _monitor(state, watchers.monitor, ranks=ranks, log=log, clock=clock, progress=progress)
         while state.step < run.steps:
@@ -96,9 +96,9 @@ def fit(
                 )
             if state.step % run.log_every == 0 or state.step == run.steps:
                 drawn = watchers.drawn(state.step) if watchers.drawn is not None and ranks.first else {}
-                _log(state, report, values, drawn, ranks=ranks, log=log, clock=clock, run=run, progress=progress)
+                log_step(state, report, values, drawn, ranks=ranks, log=log, clock=clock, run=run, progress=progress)
             if run.evaluate_every and state.step % run.evaluate_every == 0 and watchers.evaluate is not None:
-                _evaluate(state, watchers.evaluate, ranks=ranks, log=log, clock=clock, progress=progress)
+                evaluate_step(state, watchers.evaluate, ranks=ranks, log=log, clock=clock, progress=progress)
             due = watchers.monitor_every and (state.step % watchers.monitor_every == 0 or state.step == run.steps)
             if due:
                 _monitor(state, watchers.monitor, ranks=ranks, log=log, clock=clock, progress=progress)
@@ -119,7 +119,7 @@ def fit(
     return reason
 
 
-def _log(
+def log_step(
     state: TrainState,
     report: StepReport,
     values: StepValues,
@@ -130,7 +130,9 @@ def _log(
     clock: Clock,
     run: Run,
     progress: ProgressLine,
+    label: str = "",
 ) -> None:
+    """Write and show the numbers of a step; `label` names the student where there are several."""
     losses = torch.stack(list(report.losses.values()))
     losses = (ranks.collectives.all_reduce(losses, "sum") / ranks.world_size).tolist()
     if log is None:
@@ -147,10 +149,10 @@ def _log(
     line |= drawn
     line |= clock.lap(time.monotonic(), run.batch_size)
     log.write(state.step, line)
-    progress.values(state.step, line)
+    progress.values(state.step, line, label)
 
 
-def _evaluate(
+def evaluate_step(
     state: TrainState,
     evaluate: Callable[[TrainState], dict[str, float]],
     *,
@@ -159,13 +161,14 @@ def _evaluate(
     clock: Clock,
     progress: ProgressLine,
 ) -> None:
+    """Write and show what an evaluation of the teacher gives, on the first rank; the others wait."""
     began = time.monotonic()
     if log is not None:
         scores = evaluate(state)
         log.write(state.step, scores | {"seconds": time.monotonic() - clock.began})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
         progress.say(f"step {state.step}: {shown}")
-    barrier()
+    barrier(ranks.group)
     clock.last += time.monotonic() - began  # evaluation is not part of the training speed
 
 
@@ -189,7 +192,7 @@ def _monitor(
 
 
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
+def stop_signals() -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set, so that the step under way is finished and saved."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch.distributed as dist
+
 from .checkpoint import Checkpoints, saved_steps
 
 
@@ -32,8 +34,8 @@ class RunFolder:
     def health(self) -> Path:
         return self.path / "health"
 
-    def checkpoints(self, keep: int = 3) -> Checkpoints:
-        return Checkpoints(self.path / "checkpoints", keep)
+    def checkpoints(self, keep: int = 3, group: dist.ProcessGroup | None = None) -> Checkpoints:
+        return Checkpoints(self.path / "checkpoints", keep, group)
 
     def newest_step(self) -> int | None:
         """Step of the newest complete checkpoint, None when there is none."""

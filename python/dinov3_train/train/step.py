@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dinov3_ext import Collectives
 
-from ..data.batch import CropBatch, normalize
-from ..losses import Term
+from ..data.batch import CropBatch, normalize, resized
+from ..losses import Targets, Term
 from ..models.draws import training_draws
 from .networks import MODULES, Networks, update_teacher
 from .optimizer import set_rates
@@ -29,6 +30,14 @@ class StepValues:
     teacher_temperature: float
 
 
+class TargetSource(Protocol):
+    """Whatever the student follows: the EMA teacher, or the frozen one of a distillation. See `Networks.targets`."""
+
+    def targets(
+        self, batch: CropBatch, global_crops: Tensor, *, temperature: float, iterations: int, collectives: Collectives
+    ) -> Targets: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
     """What does not change over a run."""
@@ -43,6 +52,8 @@ class StepSettings:
     std: tuple[float, float, float]
     collectives: Collectives
     max_skipped: int
+    teacher: TargetSource | None = None  # frozen, of a distillation; None: the EMA teacher
+    student_size: int | None = None  # side the student sees its global crops at, pixels; None: the batch's own
 
 
 @dataclass
@@ -81,6 +92,7 @@ def train_step(
     Errors: RuntimeError after `max_skipped` non-finite steps in a row, with the loss parts and image names.
     """
     device = next(state.student.parameters()).device
+    teacher = state.teacher if settings.teacher is None else settings.teacher
     autocast = torch.autocast(device.type, settings.autocast, enabled=settings.autocast is not None)
     state.optimizer.zero_grad(set_to_none=True)
     losses: dict[str, Tensor] = {}
@@ -88,6 +100,7 @@ def train_step(
     for number, host_batch in enumerate(batches):
         batch = host_batch.to(device)
         global_crops = normalize(batch.global_crops, settings.mean, settings.std)  # (G, B, 3, Y, X)
+        seen = global_crops if settings.student_size is None else resized(global_crops, settings.student_size)
         local_crops = None if batch.local_crops is None else normalize(batch.local_crops, settings.mean, settings.std)
         draws = training_draws(
             state.student.backbone.backbone,
@@ -101,14 +114,14 @@ def train_step(
         last = number == len(batches) - 1
         with nullcontext() if last or not hasattr(state.replicated, "no_sync") else state.replicated.no_sync():
             with autocast:
-                targets = state.teacher.targets(
+                targets = teacher.targets(
                     batch,
                     global_crops,
                     temperature=values.teacher_temperature,
                     iterations=settings.sinkhorn_iterations,
                     collectives=settings.collectives,
                 )
-                outputs = state.replicated(batch, global_crops, local_crops, draws)
+                outputs = state.replicated(batch, seen, local_crops, draws)
                 parts = [
                     part for term in settings.terms for part in term(outputs, targets, batch, settings.collectives)
                 ]
