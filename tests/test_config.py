@@ -114,6 +114,7 @@ def test_leaves_cover_every_field_of_every_section():
         "optimizer",
         "run",
         "monitor",
+        "init",
     }
     assert {f.name for section in SECTIONS for f in dataclasses.fields(section)} == names | sections
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -20,6 +21,7 @@ from .data.loader import UnreadableCount, make_loader
 from .data.mixture import draw_counts, mixture_lines, open_data
 from .data.sampler import BatchPlan
 from .data.sources import Source, open_source
+from .evaluation.drift import drift, panel
 from .evaluation.extract import extract
 from .evaluation.knn import evaluate_knn
 from .evaluation.monitor import PREFIX, Monitor, history_of
@@ -31,6 +33,7 @@ from .models.convnext import ConvNeXt
 from .models.heads import ProjectionHead
 from .models.vit import VisionTransformer
 from .report import read_metrics
+from .train.checkpoint import save_history
 from .train.distributed import Ranks, ranks, replicated
 from .train.loop import Watchers, fit
 from .train.networks import Networks, teacher_of
@@ -39,6 +42,9 @@ from .train.progress import ProgressLine
 from .train.run_folder import RunFolder
 from .train.step import StepSettings, StepValues, TrainState
 from .validation import check, check_memory, check_same_run
+
+if TYPE_CHECKING:
+    from .weights import Resolved
 
 
 @dataclass(frozen=True)
@@ -61,23 +67,34 @@ def pretrain(config: Config, out: str | Path, *, console: Console | None = None)
     Errors: ValueError for settings, data or folders that cannot work, before training starts; RuntimeError when the
         loss stays non-finite; OSError when a checkpoint cannot be written.
     """
+    from .weights.start import continued_config, description, first_config  # stands on this module
+
     folder = RunFolder(Path(out))
     with ranks() as here:
-        check(config, here.world_size)
         folder.check()
+        imported = None
         if folder.newest_step() is not None:
-            check_same_run(config, run_config(folder.path), str(folder.path))
+            earlier = run_config(folder.path)
+            config = continued_config(config, earlier)
+            check_same_run(config, earlier, str(folder.path))
+        else:
+            config, imported = first_config(config)
+        check(config, here.world_size)  # after the weights, which may set patch size and heads
         console = console if here.first and console is not None else Console(quiet=not here.first)
         source = open_data(config.data)
         labelled = [open_source(spec) for spec in config.data.labelled] if here.first else []
         check_memory(config, here.device, here.world_size)
-        state = new_state(config, here)
+        state = new_state(config, here, imported)
         step = folder.newest_step()
         if step is not None:
             folder.checkpoints(config.run.keep).load(state, step)
         if here.first:
             folder.write_config(to_yaml(config))
             _say_start(console, config, source, here, folder, step)
+            if imported is not None:
+                save_history(folder.history, state)  # step 0: what drift is measured from, and a Gram teacher to choose
+                for line in description(config, imported):
+                    console.print(line, highlight=False, soft_wrap=True)
         progress = ProgressLine(
             config.run.steps, state.step, console, None if config.run.minutes is None else 60.0 * config.run.minutes
         )
@@ -95,6 +112,7 @@ def pretrain(config: Config, out: str | Path, *, console: Console | None = None)
                     drawn=draw_counts(source, seed=config.run.seed, batch_size=config.run.batch_size),
                     monitor=monitor(config, source, folder, state.step, console) if here.first else None,
                     monitor_every=config.monitor.every,
+                    drift=_drift(config, source, folder, progress) if here.first and config.run.drift_every else None,
                 ),
                 ranks=here,
                 config_yaml=to_yaml(config),
@@ -108,9 +126,14 @@ def pretrain(config: Config, out: str | Path, *, console: Console | None = None)
     return Finished(folder.path, state.step, reason)
 
 
-def new_state(config: Config, here: Ranks) -> TrainState:
-    """Student, teacher and optimiser at step 0: a function of `run.seed`, the same on every rank."""
-    student = networks(config).to(here.device)
+def new_state(config: Config, here: Ranks, imported: Resolved | None = None) -> TrainState:
+    """Student, teacher and optimiser at step 0: of `run.seed` and imported weights alone, the same on every rank."""
+    student = networks(config)
+    if imported is not None:
+        from .weights.start import fill
+
+        fill(student, imported, heads=config.init.heads)
+    student = student.to(here.device)
     teacher = teacher_of(student)
     if config.run.compile:
         for block in [*student.backbone.blocks, *teacher.backbone.blocks]:
@@ -178,6 +201,7 @@ def step_values(config: Config, step: int) -> StepValues:
     return StepValues(
         learning_rate=rate,
         prototype_rate=0.0 if step < rules.freeze_prototypes else rate,
+        backbone_rate=rate * _thawed(step, frozen=rules.freeze_backbone or 0, ramp=rules.backbone_ramp or 0),
         weight_decay=over_run(rules.weight_decay, rules.weight_decay_end),
         momentum=over_run(rules.momentum, rules.momentum_end),
         teacher_temperature=schedule.linear(
@@ -187,6 +211,11 @@ def step_values(config: Config, step: int) -> StepValues:
             steps=losses.teacher_temperature_warmup,
         ),
     )
+
+
+def _thawed(step: int, *, frozen: int, ramp: int) -> float:
+    """Share of the learning rate that the backbone takes: 0 while frozen, then linear to 1 over `ramp` steps."""
+    return 0.0 if step < frozen else schedule.linear(step + 1 - frozen, start=0.0, end=1.0, steps=ramp)
 
 
 def step_settings(config: Config, here: Ranks) -> StepSettings:
@@ -305,6 +334,26 @@ def monitor(
         return {PREFIX + key: value for key, value in values.items()}, [sign.text for sign in appeared]
 
     return look
+
+
+def _drift(
+    config: Config, source: Source, folder: RunFolder, progress: ProgressLine
+) -> Callable[[TrainState], dict[str, float]] | None:
+    """Features of the teacher beside those of the weights the run began with, which the thin history keeps."""
+    from .weights import resolve
+
+    path = folder.history / "step_00000000.safetensors"
+    if not path.is_file():
+        progress.say(f"note: {path} is not there, so drift from the starting weights is not shown")
+        return None
+    begun = panel(resolve(path).backbone, source, view(config), config.run.drift_images)
+
+    def measure(state: TrainState) -> dict[str, float]:
+        moved = drift(begun, state.teacher.backbone)
+        progress.say(f"step {state.step}: {moved.words}")
+        return {"drift_cls_cosine": moved.cls, "drift_patch_cosine": moved.patches}
+
+    return measure
 
 
 def view(config: Config, size: int | None = None) -> View:

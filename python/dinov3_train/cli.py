@@ -28,7 +28,7 @@ app.add_typer(visualize_app, name="visualize")
 
 Words = Annotated[list[str] | None, typer.Argument(help="name=value options", show_default=False)]
 BACKBONE = {
-    "backbone": Option(str, required=True, help="RUN (a run folder or one of its checkpoints)"),
+    "backbone": Option(str, required=True, help="RUN, FILE, folder, hf:OWNER/NAME or timm:NAME"),
     "step": Option(int, help="checkpoint step; 0 is the untrained start; default: the newest"),
 }
 
@@ -53,7 +53,7 @@ def pretrain(
     words: Words = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Show the effective config and stop.")] = False,
 ) -> None:
-    """Train a backbone: recipe=NAME data=PATH out=RUN [config=FILE.yaml] [key.sub=value ...]. The same line resumes."""
+    """Train a backbone: recipe=NAME data=PATH out=RUN [init=WEIGHTS] [key.sub=value ...]. The same line resumes."""
     config, out = _config(words or [], "pretrain", need_out=not print_config)
     from .build import pretrain as run
     from .config import to_yaml
@@ -75,11 +75,14 @@ def _config(words: list[str], command: str, *, need_out: bool):
         "recipe": Option(str, required=True, help="NAME (see dinov3 recipes)"),
         "data": Option(str, help="folder, file list, tar shards, torchvision:NAME or manifest; commas between several"),
         "out": Option(Path, required=need_out, help="RUN"),
+        "init": Option(str, help="weights to start from: RUN, FILE, folder, hf:OWNER/NAME or timm:NAME"),
         "config": Option(Path, help="YAML file with overrides"),
     }
     values, overrides = word_options.read(command, words, options, rest=True)
     if values["data"] is not None:
         overrides = [f"data.sources=[{','.join(_quoted(part) for part in split_commas(values['data']))}]", *overrides]
+    if values["init"] is not None:
+        overrides = [f"init.weights={_quoted(values['init'])}", *overrides]
     return override(recipe(values["recipe"]), overrides, values["config"]), values["out"]
 
 

@@ -160,6 +160,19 @@ class Losses:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Init:
+    """Weights that training starts from instead of random ones; a resumed run does not look at them again."""
+
+    weights: str | None = None  # RUN, FILE.pth, FILE.safetensors, folder, hf:OWNER/NAME, timm:NAME; null: random
+    # "recipe": the weights must be of the recipe's architecture | "weights": `backbone`, the heads where the weights
+    # have some, `crops.mean` and `crops.std` follow the weights
+    architecture: str = "recipe"
+    heads: bool = True  # take the heads too where the weights have them; else they are fresh
+    origin: str | None = None  # written when the weights are imported
+    licence: str | None = None  # written when the weights are imported
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """AdamW with layer-wise decay; effective rate = lr * 4 * sqrt(batch / 1024) under `sqrt_wrt_1024`."""
 
@@ -175,6 +188,10 @@ class Optimizer:
     patch_embed_multiplier: float = 0.2
     clip: float | None = 3.0  # per module: backbone, DINO head, iBOT head
     freeze_prototypes: int = 0  # steps in which the last layer of the heads does not move
+    # steps in which the heads learn alone; null: a twentieth of the run, at least `warmup`, where imported weights get
+    # fresh heads, else none
+    freeze_backbone: int | None = None
+    backbone_ramp: int | None = None  # steps after that, backbone's rate linear from 0; null: as many as it was frozen
     momentum: float = 0.994  # of the EMA teacher
     momentum_end: float | None = None  # cosine over the run
 
@@ -196,6 +213,8 @@ class Run:
     history_every: int = 0  # steps between teacher weights kept for choosing a Gram teacher; 0: none kept
     log_every: int = 10  # steps
     evaluate_every: int = 0  # steps between online k-NN on `data.labelled`; 0: never
+    drift_every: int = 0  # steps between measures of how far the features are from those of `init.weights`; 0: never
+    drift_images: int = 32  # training images they are measured on, the same all along
     max_skipped: int = 10  # non-finite steps in a row after which the run stops
     tensorboard: bool = True
     wandb: str | None = None  # project name; needs the extra
@@ -222,12 +241,13 @@ class Config:
     masking: Masking = field(default_factory=Masking)
     data: Data = field(default_factory=Data)
     losses: Losses = field(default_factory=Losses)
+    init: Init = field(default_factory=Init)
     optimizer: Optimizer = field(default_factory=Optimizer)
     run: Run = field(default_factory=Run)
     monitor: Monitor = field(default_factory=Monitor)
 
 
-SECTIONS = (Config, Backbone, ConvNeXtBackbone, Rope, Head, Crops, Masking, Data, Losses, Optimizer, Run, Monitor)
+SECTIONS = (Config, Backbone, ConvNeXtBackbone, Rope, Head, Crops, Masking, Data, Losses, Init, Optimizer, Run, Monitor)
 
 
 def leaves(config_type: type = Config, prefix: str = "") -> dict[str, type]:

@@ -24,6 +24,8 @@ FREE_ON_RESUME = (
     "run.max_skipped",
     "run.tensorboard",
     "run.wandb",
+    "run.drift_every",
+    "run.drift_images",
     "data.workers",
     "data.labelled",
     "data.max_unreadable",
@@ -73,6 +75,7 @@ def check_settings(config: Config, world_size: int) -> None:
         "run.precision": (run.precision, ("bf16", "fp32")),
         "run.checkpointing": (run.checkpointing, ("none", "selective", "full")),
         "crops.blur": (crops.blur, ("paper", "released", "none")),
+        "init.architecture": (config.init.architecture, ("recipe", "weights")),
     }
     if isinstance(config.backbone, Backbone):
         allowed["backbone.rope.draw"] = (config.backbone.rope.draw, ("sequence", "block"))
@@ -83,6 +86,7 @@ def check_settings(config: Config, world_size: int) -> None:
         ("run.steps", run.steps),
         ("run.checkpoint_every", run.checkpoint_every),
         ("run.log_every", run.log_every),
+        ("run.drift_images", run.drift_images),
     ):
         if value < 1:
             raise ValueError(f"{key}: expected at least 1, got {value}")

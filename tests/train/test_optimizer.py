@@ -96,7 +96,7 @@ def test_two_updates_are_adamw():
         torch.manual_seed(step)
         for parameter in student.parameters():
             parameter.grad = torch.randn_like(parameter)
-        set_rates(optimizer, learning_rate=rate, prototype_rate=prototype_rate, weight_decay=decay)
+        set_rates(optimizer, learning_rate=rate, prototype_rate=prototype_rate, backbone_rate=rate, weight_decay=decay)
         optimizer.step()
         for name, parameter in student.named_parameters():
             own, gradient = rule(name, BACKBONE.depth), parameter.grad.double()
@@ -116,10 +116,10 @@ def test_frozen_prototypes_do_not_move():
     before = student.dino_head.prototypes.weight.detach().clone()
     for parameter in student.parameters():
         parameter.grad = torch.ones_like(parameter)
-    set_rates(optimizer, learning_rate=1e-2, prototype_rate=0.0, weight_decay=0.1)
+    set_rates(optimizer, learning_rate=1e-2, prototype_rate=0.0, backbone_rate=1e-2, weight_decay=0.1)
     optimizer.step()
     assert torch.equal(student.dino_head.prototypes.weight, before)
-    set_rates(optimizer, learning_rate=1e-2, prototype_rate=1e-2, weight_decay=0.1)
+    set_rates(optimizer, learning_rate=1e-2, prototype_rate=1e-2, backbone_rate=1e-2, weight_decay=0.1)
     optimizer.step()
     assert not torch.equal(student.dino_head.prototypes.weight, before)
 

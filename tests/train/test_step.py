@@ -104,7 +104,10 @@ def test_rates_of_zero_leave_the_student_as_it_is():
     found = state()
     before = snapshot(found)
     train_step(
-        found, [batch(range(4), batch_size=4)], replace(VALUES, learning_rate=0.0, prototype_rate=0.0), settings()
+        found,
+        [batch(range(4), batch_size=4)],
+        replace(VALUES, learning_rate=0.0, prototype_rate=0.0, backbone_rate=0.0),
+        settings(),
     )
     after = snapshot(found)
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("student."))

@@ -36,7 +36,14 @@ BACKBONE = Backbone(
 STILL = replace(BACKBONE, drop_path=0.0, rope=Rope(rescale=None))  # nothing drawn at random
 HEAD = Head(hidden=32, bottleneck=16, prototypes=24)
 
-VALUES = StepValues(learning_rate=1e-3, prototype_rate=1e-3, weight_decay=0.04, momentum=0.9, teacher_temperature=0.07)
+VALUES = StepValues(
+    learning_rate=1e-3,
+    prototype_rate=1e-3,
+    backbone_rate=1e-3,
+    weight_decay=0.04,
+    momentum=0.9,
+    teacher_temperature=0.07,
+)
 
 
 def networks(backbone: Backbone = BACKBONE, *, checkpointing: str = "none") -> Networks:

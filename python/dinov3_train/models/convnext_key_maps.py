@@ -54,13 +54,17 @@ _FROM_TIMM = [
 ]
 
 
-def from_official(state: Mapping[str, Tensor]) -> State:
-    """Official -> ours. Errors: ValueError where `norms.3` differs from `norm`, whose second name it is."""
+def from_official(state: Mapping[str, Tensor], *, strict: bool = True) -> State:
+    """Official -> ours; where not `strict`, keys no rule knows keep their name, for `key_maps.load` to list.
+
+    Errors: ValueError where `norms.3` differs from `norm`, whose second name it is.
+    """
     for part in ("weight", "bias"):
         first, second = state.get(f"norm.{part}"), state.get(f"norms.3.{part}")
         if first is not None and second is not None and not torch.equal(first, second):
             raise ValueError(f"from_official: norms.3.{part} differs from norm.{part}, expected the same numbers")
-    return _known({key: value for key, value in state.items() if not key.startswith("norms.3.")}, "from_official")
+    ours = {key: value for key, value in state.items() if not key.startswith("norms.3.")}
+    return _known(ours, "from_official") if strict else ours
 
 
 def to_official(state: Mapping[str, Tensor]) -> State:
@@ -74,9 +78,10 @@ def to_transformers(state: Mapping[str, Tensor]) -> State:
     return _mapped(_known(state, "to_transformers"), _TRANSFORMERS, "to_transformers")
 
 
-def from_transformers(state: Mapping[str, Tensor]) -> State:
-    """Transformers -> ours, of releases with and without the prefix `model.`."""
-    return _known(_mapped(state, _FROM_TRANSFORMERS, "from_transformers"), "from_transformers")
+def from_transformers(state: Mapping[str, Tensor], *, strict: bool = True) -> State:
+    """Transformers -> ours, of releases with and without the prefix `model.`; `strict`: see `from_official`."""
+    ours = _mapped(state, _FROM_TRANSFORMERS, "from_transformers", strict)
+    return _known(ours, "from_transformers") if strict else ours
 
 
 def to_timm(state: Mapping[str, Tensor]) -> State:
@@ -84,17 +89,18 @@ def to_timm(state: Mapping[str, Tensor]) -> State:
     return _mapped(_known(state, "to_timm"), _TIMM, "to_timm")
 
 
-def from_timm(state: Mapping[str, Tensor]) -> State:
-    """Timm -> ours."""
-    return _known(_mapped(state, _FROM_TIMM, "from_timm"), "from_timm")
+def from_timm(state: Mapping[str, Tensor], *, strict: bool = True) -> State:
+    """Timm -> ours; `strict`: see `from_official`."""
+    ours = _mapped(state, _FROM_TIMM, "from_timm", strict)
+    return _known(ours, "from_timm") if strict else ours
 
 
-def _mapped(state: Mapping[str, Tensor], rules: list[tuple[str, str]], what: str) -> State:
+def _mapped(state: Mapping[str, Tensor], rules: list[tuple[str, str]], what: str, strict: bool = True) -> State:
     renamed = {
         key: next((match.expand(new) for old, new in rules if (match := re.fullmatch(old, key))), None) for key in state
     }
-    _raise_unknown([key for key, name in renamed.items() if name is None], what)
-    return {renamed[key]: tensor for key, tensor in state.items()}
+    _raise_unknown([key for key, name in renamed.items() if name is None and strict], what)
+    return {renamed[key] or key: tensor for key, tensor in state.items()}
 
 
 def _known(state: Mapping[str, Tensor], what: str) -> State:

@@ -65,13 +65,13 @@ def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(state)
 
 
-def from_official(state: Mapping[str, Tensor]) -> State:
-    """Official -> ours.
+def from_official(state: Mapping[str, Tensor], *, strict: bool = True) -> State:
+    """Official -> ours; where not `strict`, keys no rule knows keep their name, for `load` to list.
 
     The bias mask is applied to the bias and left out: the model makes its own {1, 0, 1} mask. Released files hold zero
     biases under zero masks, so q and v could never learn a bias there; here they can, and the outputs are the same.
     """
-    ours = {}
+    ours: State = {}
     for key, tensor in state.items():
         if key == "rope_embed.periods" or key.endswith("qkv.bias_mask"):
             continue
@@ -79,7 +79,7 @@ def from_official(state: Mapping[str, Tensor]) -> State:
         if mask is not None and not bool(mask.isfinite().all()):  # old files hold a mask that was never set
             mask = _bias_mask(tensor)
         ours[key] = tensor if mask is None else tensor * mask.to(tensor.dtype)
-    return _known(ours, "from_official")
+    return _with_registers(_known(ours, "from_official") if strict else ours)
 
 
 def to_official(state: Mapping[str, Tensor], *, heads: int, base: float = 100.0) -> State:
@@ -87,6 +87,8 @@ def to_official(state: Mapping[str, Tensor], *, heads: int, base: float = 100.0)
     official = dict(_known(state, "to_official"))
     width = official["cls_token"].shape[-1]
     official["rope_embed.periods"] = periods(width // heads, base)
+    if official["storage_tokens"].shape[1] == 0:  # a model without registers has no such key
+        del official["storage_tokens"]
     for key in [key for key in state if key.endswith("attn.qkv.bias")]:
         official[key.replace("qkv.bias", "qkv.bias_mask")] = _bias_mask(official[key])
     return official
@@ -109,9 +111,13 @@ def to_transformers(state: Mapping[str, Tensor]) -> State:
     return theirs
 
 
-def from_transformers(state: Mapping[str, Tensor]) -> State:
-    """Transformers -> ours: q, k, v joined; the K bias, which they lack, is 0."""
+def from_transformers(state: Mapping[str, Tensor], *, strict: bool = True) -> State:
+    """Transformers -> ours: q, k, v joined; the K bias, which they lack, is 0. `strict`: see `from_official`.
+
+    Blocks are called `model.layer.N` in a model of transformers 5 and `layer.N` in files and in version 4.
+    """
     ours: State = {}
+    state = {f"model.{key}" if key.startswith("layer.") else key: tensor for key, tensor in state.items()}
     gated = any(".mlp.gate_proj." in key for key in state)
     rules = [(theirs, ours_) for ours_, theirs in _TRANSFORMERS if not ours_.startswith("mlp.fc" if gated else "mlp.w")]
     for key, tensor in state.items():
@@ -123,7 +129,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
             parts = [torch.zeros_like(tensor) if part is None and key.endswith("bias") else part for part in parts]
             _raise([key] if any(part is None for part in parts) else [], "from_transformers: no k or v beside")
             ours[_renamed(f"{projection[1]}.qkv.{projection[3]}", rules)] = torch.cat(parts)
-    return _known(ours, "from_transformers")
+    return _with_registers(_known(ours, "from_transformers") if strict else ours)
 
 
 def to_timm(state: Mapping[str, Tensor], *, qkv_bias: bool) -> State:
@@ -138,7 +144,7 @@ def to_timm(state: Mapping[str, Tensor], *, qkv_bias: bool) -> State:
     theirs: State = {}
     for key, tensor in _known(state, "to_timm").items():
         name = _renamed(key, _TIMM)
-        if key == "mask_token" or key.startswith("local_cls_norm."):
+        if key == "mask_token" or key.startswith("local_cls_norm.") or tensor.shape[1:2] == (0,):
             continue
         if not key.endswith("attn.qkv.bias"):
             theirs[name] = tensor
@@ -155,12 +161,13 @@ def to_timm(state: Mapping[str, Tensor], *, qkv_bias: bool) -> State:
     return theirs
 
 
-def from_timm(state: Mapping[str, Tensor], *, qkv_bias: bool) -> State:
+def from_timm(state: Mapping[str, Tensor], *, qkv_bias: bool, strict: bool = True) -> State:
     """Timm -> ours.
 
     Args:
         state: of a `vit_*_dinov3` or `vit_*_dinov3_qkvb` model.
         qkv_bias: whether our model has a qkv bias, 0 where timm's has none. The mask token, which timm lacks, is 0.
+        strict: see `from_official`.
 
     Errors: ValueError when timm's model has a bias and ours has not.
     """
@@ -181,7 +188,14 @@ def from_timm(state: Mapping[str, Tensor], *, qkv_bias: bool) -> State:
         if qkv_bias and key.endswith("qkv.weight"):
             ours.setdefault(key.replace("qkv.weight", "qkv.bias"), tensor.new_zeros(len(tensor)))
     ours.setdefault("mask_token", torch.zeros_like(ours["cls_token"][0]) if "cls_token" in ours else torch.zeros(0))
-    return _known(ours, "from_timm")
+    return _with_registers(_known(ours, "from_timm") if strict else ours)
+
+
+def _with_registers(state: State) -> State:
+    """Ours holds an empty (1, 0, D) tensor where a model has no registers; the other dialects leave it out."""
+    if "cls_token" in state:
+        state.setdefault("storage_tokens", torch.zeros(1, 0, state["cls_token"].shape[-1]))
+    return state
 
 
 def _renamed(key: str, rules: list[tuple[str, str]]) -> str:

@@ -34,6 +34,7 @@ class Watchers:
     drawn: Callable[[int], dict[str, float]] | None = None  # after so many steps: images and epochs of each source
     monitor: Callable[[TrainState], tuple[dict[str, float], list[str]]] | None = None
     monitor_every: int = 0
+    drift: Callable[[TrainState], dict[str, float]] | None = None  # from the initial weights; first rank only
 
 
 @dataclass
@@ -97,11 +98,13 @@ def fit(
             if state.step % run.log_every == 0 or state.step == run.steps:
                 drawn = watchers.drawn(state.step) if watchers.drawn is not None and ranks.first else {}
                 log_step(state, report, values, drawn, ranks=ranks, log=log, clock=clock, run=run, progress=progress)
-            if run.evaluate_every and state.step % run.evaluate_every == 0 and watchers.evaluate is not None:
+            if run.evaluate_every and state.step % run.evaluate_every == 0:
                 evaluate_step(state, watchers.evaluate, ranks=ranks, log=log, clock=clock, progress=progress)
             due = watchers.monitor_every and (state.step % watchers.monitor_every == 0 or state.step == run.steps)
             if due:
                 _monitor(state, watchers.monitor, ranks=ranks, log=log, clock=clock, progress=progress)
+            if run.drift_every and state.step % run.drift_every == 0:
+                evaluate_step(state, watchers.drift, ranks=ranks, log=log, clock=clock, progress=progress)
             if run.history_every and state.step % run.history_every == 0 and ranks.first:
                 save_history(folder.history, state)
             late = run.minutes is not None and time.monotonic() - clock.began >= 60.0 * run.minutes
@@ -154,7 +157,7 @@ def log_step(
 
 def evaluate_step(
     state: TrainState,
-    evaluate: Callable[[TrainState], dict[str, float]],
+    evaluate: Callable[[TrainState], dict[str, float]] | None,
     *,
     ranks: Ranks,
     log: MetricsLog | None,
@@ -163,7 +166,7 @@ def evaluate_step(
 ) -> None:
     """Write and show what an evaluation of the teacher gives, on the first rank; the others wait."""
     began = time.monotonic()
-    if log is not None:
+    if log is not None and evaluate is not None:
         scores = evaluate(state)
         log.write(state.step, scores | {"seconds": time.monotonic() - clock.began})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())

@@ -12,11 +12,13 @@ from .networks import Networks
 
 @dataclass(frozen=True)
 class GroupRule:
-    """How a parameter follows the schedules: multipliers of learning rate and weight decay; is it a prototype layer."""
+    """How a parameter follows the schedules: multipliers of learning rate and weight decay; is it a prototype layer,
+    is it the backbone's."""
 
     learning_rate: float
     weight_decay: float
     prototypes: bool
+    backbone: bool
 
 
 def group_rule(
@@ -51,7 +53,8 @@ def group_rule(
         parts[1] == "downsample_layers"
     ):  # a norm and a convolution, numbered: stem 4 x 4 then norm, elsewhere norm first
         exempt = exempt or parts[3] == ("1" if parts[2] == "0" else "0")
-    return GroupRule(rate, 0.0 if exempt else 1.0, parts[0].endswith("_head") and "prototypes" in name)
+    prototypes = parts[0].endswith("_head") and "prototypes" in name
+    return GroupRule(rate, 0.0 if exempt else 1.0, prototypes, parts[0] == "backbone")
 
 
 def adamw(
@@ -87,10 +90,16 @@ def adamw(
 
 
 def set_rates(
-    optimizer: torch.optim.AdamW, *, learning_rate: float, prototype_rate: float, weight_decay: float
+    optimizer: torch.optim.AdamW,
+    *,
+    learning_rate: float,
+    prototype_rate: float,
+    backbone_rate: float,
+    weight_decay: float,
 ) -> None:
-    """Give every group its learning rate and weight decay of this step."""
+    """Give every group its learning rate and weight decay of this step; a rate of 0 leaves weights as they are."""
     for group in optimizer.param_groups:
         rule: GroupRule = group["rule"]
-        group["lr"] = (prototype_rate if rule.prototypes else learning_rate) * rule.learning_rate
+        rate = prototype_rate if rule.prototypes else backbone_rate if rule.backbone else learning_rate
+        group["lr"] = rate * rule.learning_rate
         group["weight_decay"] = weight_decay * rule.weight_decay

@@ -25,6 +25,7 @@ class StepValues:
 
     learning_rate: float
     prototype_rate: float
+    backbone_rate: float
     weight_decay: float
     momentum: float
     teacher_temperature: float
@@ -138,6 +139,7 @@ def train_step(
             state.optimizer,
             learning_rate=values.learning_rate,
             prototype_rate=values.prototype_rate,
+            backbone_rate=values.backbone_rate,
             weight_decay=values.weight_decay,
         )
         state.optimizer.step()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..config import Backbone
+from ..config import Backbone, ConvNeXtBackbone
 from ..evaluation.view import View
 from ..models.heads import ProjectionHead
 
@@ -25,7 +25,7 @@ class Resolved:
     """
 
     backbone: nn.Module
-    architecture: Backbone
+    architecture: Backbone | ConvNeXtBackbone
     heads: dict[str, ProjectionHead] | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
