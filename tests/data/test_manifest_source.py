@@ -47,6 +47,7 @@ def test_the_images_it_names(manifest, pool, shards):
         assert source.name(number) == origin.name(index)
         assert source.read(number) == origin.read(index)
     assert source.read_extra(3, "json") == b'{"number": 11}'
+    assert source.field(3, "number") == 11
     with pytest.raises(IndexError, match="8 is outside 0 to 7"):
         source.name(8)
     with pytest.raises(IndexError):

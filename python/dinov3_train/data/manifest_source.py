@@ -55,6 +55,9 @@ class ManifestSource(Source):
     def read_extra(self, index: int, suffix: str) -> bytes | None:
         return self.ready()._joined.read_extra(self._find(index), suffix)
 
+    def field(self, index: int, name: str) -> str | int | float | None:
+        return self.ready()._joined.field(self._find(index), name)
+
     def label(self, index: int) -> int | None:
         return self.ready()._joined.label(self._find(index))
 
