@@ -179,6 +179,22 @@ def visualize_cosine(words: Words = None) -> None:
 
 
 @app.command()
+def health(words: Words = None) -> None:
+    """Label-free measures of patch features: backbone=RUN [data=PATH] [history=true] [images=16] [out=FILE.json]."""
+    from .commands_health import health as run
+
+    options = BACKBONE | {
+        "data": Option(str, help="PATH; default: the images of the run"),
+        "images": Option(int, help="how many, spread evenly over the data; default: 16"),
+        "size": Option(int, help="side in pixels; default: the recipe's global crop"),
+        "history": Option(_yes, default=False, help="true: every checkpoint of the run"),
+        "out": Option(Path, help="FILE.json"),
+    }
+    values, _ = word_options.read("health", words or [], options)
+    run(**values)
+
+
+@app.command()
 def demo(
     words: Words = None,
     quick: Annotated[bool, typer.Option("--quick", help="Under 90 seconds on two cores.")] = False,
@@ -201,6 +217,12 @@ def _picture_options() -> dict[str, Option]:
         "images": Option(int, default=8, help="how many"),
         "size": Option(int, help="short side in pixels; default: twice the recipe's global crop"),
     }
+
+
+def _yes(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(text)
+    return text == "true"
 
 
 def _numbers(text: str) -> tuple[int, ...]:
