@@ -20,10 +20,8 @@ FLOORS = {
     **dict.fromkeys(("models", "losses", "data"), 2),
     **dict.fromkeys(("train", "distill", "curation", "evaluation"), 3),
     **dict.fromkeys(("build", "planning", "validation", "weights"), 4),  # all that reads Config
-    **dict.fromkeys(("studies",), 5),
-    **dict.fromkeys(
-        ("recipes", "cli", "commands", "commands_health", "demo", "doctor", "photographs", "__init__", "__main__"), 5
-    ),
+    **dict.fromkeys(("studies", "commands_health", "commands_pictures", "run_report"), 5),
+    **dict.fromkeys(("recipes", "cli", "commands", "demo", "doctor", "photographs", "__init__", "__main__"), 5),
 }
 FRAMEWORKS = ("torch", "c10", "ATen", "pybind11", "Python", "binding")
 # Native sources that are still to be written; nothing else may be missing.
