@@ -20,6 +20,7 @@ FLOORS = {
     **dict.fromkeys(("models", "losses", "data"), 2),
     **dict.fromkeys(("train", "distill", "curation", "evaluation"), 3),
     **dict.fromkeys(("build", "planning", "validation", "weights"), 4),  # all that reads Config
+    **dict.fromkeys(("cli_curate", "commands_curate"), 5),
     **dict.fromkeys(("studies", "commands_health", "commands_pictures", "run_report"), 5),
     **dict.fromkeys(("recipes", "cli", "commands", "demo", "doctor", "photographs", "__init__", "__main__"), 5),
 }

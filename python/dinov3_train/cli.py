@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import words as word_options
+from .cli_curate import curate_app
 from .words import Option
 
 PLAIN = {"no_args_is_help": True, "rich_markup_mode": None}  # brackets in help texts are meant
@@ -25,6 +26,7 @@ evaluate_app = typer.Typer(help="Judge the features of a backbone.", **PLAIN)
 visualize_app = typer.Typer(help="Pictures of patch features.", **PLAIN)
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(visualize_app, name="visualize")
+app.add_typer(curate_app, name="curate")
 
 Words = Annotated[list[str] | None, typer.Argument(help="name=value options", show_default=False)]
 BACKBONE = {
