@@ -19,7 +19,7 @@ class ClusterSettings:
     """A hierarchy.
 
     clusters: number of each level, of images first, such as (2000, 100). iterations: of Lloyd's, per level.
-    resampling: rounds that take the `nearest` points of each centroid, cluster those anew (k-means++, `iterations`)
+    resampling: rounds that take the `nearest` points of each centroid, cluster those anew (`start`, `iterations`)
     and go on from the centroids found: a point of a crowded region counts no more than one of an empty region, so
     that rare things get clusters of their own. start: "k-means++" or "random". seed: of every draw.
     Errors: ValueError for a value outside these.

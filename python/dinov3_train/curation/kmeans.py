@@ -20,7 +20,7 @@ from .nearest import Nearest
 ROWS = {"cpu": 2048, "cuda": 65536}  # rows of a block: on a CPU all that is made of one stays in the cache
 FLUSH = 64  # blocks whose sums are fp32 before they are added up in fp64
 START_ROUNDS = 128  # draws of k-means++, each of k / 128 centroids
-START_SAMPLE = 32  # rows for k-means++ per centroid
+START_SAMPLE = (1 << 16, 1 << 18)  # rows that k-means++ looks at: at least, and at most unless 4 k are more
 SPLIT = 1.0 / 1024.0  # by how much the halves of a split cluster differ
 STARTS = ("k-means++", "random")
 
@@ -107,8 +107,8 @@ class Sums:
 def start(points: Points, clusters: int, *, how: str, seed: int, stream: str) -> Tensor:
     """First centroids, fp32 (clusters, D), a function of (seed, stream) and the points; the same on every rank.
 
-    how: "random": rows drawn without replacement. "k-means++": of a sample of rows (32 for each cluster, no more than
-    262,144 unless there are more clusters than a fourth of that), each drawn with a probability proportional to its
+    how: "random": rows drawn without replacement. "k-means++": of a sample of rows (32 for each cluster, but at least
+    65,536 and at most the larger of 262,144 and 4 for each cluster), each drawn with a probability proportional to its
     squared distance from the centroids so far (Arthur and Vassilvitskii, 2007), in at most 128 draws, so that beyond
     128 clusters several are drawn from one state of the distances.
     Errors: ValueError for more clusters than points, or another `how`.
@@ -119,7 +119,8 @@ def start(points: Points, clusters: int, *, how: str, seed: int, stream: str) ->
         raise ValueError(f"cluster: k expects 1 to {len(points)}, the number of points, got {clusters}")
     if how == "random":
         return points.take(draw_rows(seed, stream, clusters, len(points)))
-    count = min(len(points), max(4 * clusters, min(START_SAMPLE * clusters, 1 << 18)))
+    least, most = START_SAMPLE
+    count = min(len(points), max(4 * clusters, least, min(32 * clusters, most)))
     return _plus_plus(points.take(draw_rows(seed, stream, count, len(points))), clusters, seed, stream)
 
 
