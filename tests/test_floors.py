@@ -22,6 +22,7 @@ FLOORS = {
     **dict.fromkeys(("build", "planning", "validation", "weights"), 4),  # all that reads Config
     **dict.fromkeys(("cli_curate", "commands_curate"), 5),
     **dict.fromkeys(("studies", "commands_health", "commands_pictures", "run_report"), 5),
+    **dict.fromkeys(("commands_evaluate", "presets"), 5),
     **dict.fromkeys(("recipes", "cli", "commands", "demo", "doctor", "photographs", "__init__", "__main__"), 5),
 }
 FRAMEWORKS = ("torch", "c10", "ATen", "pybind11", "Python", "binding")

@@ -128,20 +128,32 @@ def doctor() -> None:
 
 @evaluate_app.command("knn")
 def evaluate_knn(words: Words = None) -> None:
-    """k-NN on labelled sources: backbone=RUN train=PATH test=PATH [k=10] [size=N] [pooling=cls] [out=FILE.json]."""
-    from .commands import evaluate_knn as run
+    """k-NN on labelled sources: backbone=RUN train=PATH test=PATH [k=10,20] [size=N] [pooling=cls] [out=FILE.json]."""
+    _evaluate("knn", words)
 
-    options = BACKBONE | {
-        "train": Option(str, required=True, help="PATH with labels"),
-        "test": Option(str, required=True, help="PATH with labels"),
-        "k": Option(_numbers, default=(10,), help="number of neighbours, commas between several"),
-        "temperature": Option(float, default=0.07, help="of the votes"),
-        "size": Option(int, help="side in pixels; default: the recipe's global crop"),
-        "pooling": Option(str, default="cls", help="cls, patch_mean or cls+patch"),
-        "out": Option(Path, help="JSON file for the result"),
-    }
-    values, _ = word_options.read("evaluate knn", words or [], options)
-    run(**values)
+
+@evaluate_app.command("logistic")
+def evaluate_logistic(words: Words = None) -> None:
+    """Logistic regression: backbone=RUN train=PATH test=PATH [strengths=0.1,1] [shots=N] [size=N] [out=FILE.json]."""
+    _evaluate("logistic", words)
+
+
+@evaluate_app.command("linear")
+def evaluate_linear(words: Words = None) -> None:
+    """Linear probe by SGD: backbone=RUN train=PATH test=PATH [learning_rates=0.01,0.1] [shots=N] [out=FILE.json]."""
+    _evaluate("linear", words)
+
+
+@evaluate_app.command("segment")
+def evaluate_segment(words: Words = None) -> None:
+    """Linear segmentation, mIoU: backbone=RUN train=PATH test=PATH, masks NAME.mask.png [images=N] [out=FILE.json]."""
+    _evaluate("segment", words)
+
+
+def _evaluate(probe: str, words: list[str] | None) -> None:
+    from .commands_evaluate import evaluate
+
+    evaluate(probe, words or [])
 
 
 @app.command()
@@ -225,10 +237,6 @@ def _yes(text: str) -> bool:
     if text not in ("true", "false"):
         raise ValueError(text)
     return text == "true"
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def _point(text: str) -> tuple[float, float]:

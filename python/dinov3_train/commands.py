@@ -1,4 +1,4 @@
-"""The commands that look at a trained backbone: k-NN, features, pictures."""
+"""The commands that look at a trained backbone: features, pictures."""
 
 from __future__ import annotations
 
@@ -13,36 +13,10 @@ from .data.batch import patch_grid
 from .data.decode import UnreadableImage, decode
 from .data.sources import open_source
 from .evaluation.extract import Extracted, extract, save_features
-from .evaluation.knn import evaluate_knn as knn
 from .evaluation.pictures import cosine_sheet, pca_sheet
 from .evaluation.view import View
 from .models.architectures import side_multiple
 from .weights import Resolved, resolve
-
-
-def evaluate_knn(
-    *,
-    backbone: str,
-    step: int | None,
-    train: str,
-    test: str,
-    k: tuple[int, ...],
-    temperature: float,
-    size: int | None,
-    pooling: str,
-    out: Path | None,
-) -> None:
-    """Print k-NN accuracy of a backbone on labelled sources, and write it as JSON if asked."""
-    model, seen_as = _backbone(backbone, step, size)
-    result = knn(*(_extracted(model, spec, seen_as, pooling) for spec in (train, test)), k=k, temperature=temperature)
-    for score in result.scores:
-        print(f"k={score.k}: accuracy {score.accuracy:.4f}, mean per class {score.mean_per_class:.4f}")
-    print(
-        f"{result.train_images} training and {result.test_images} test images, {result.classes} classes, "
-        f"{seen_as.size} px, {pooling}"
-    )
-    if out is not None:
-        print(f"wrote {result.write(out)}")
 
 
 def features(*, backbone: str, step: int | None, data: str, out: Path, size: int | None, pooling: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from dinov3_train.evaluation.measure import value_of
 from dinov3_train.evaluation.segment import (
     SegmentSettings,
     chance_iou,
@@ -51,8 +52,8 @@ def test_iou_equals_nested_loops_and_torchmetrics():
         ious.append(both / either if either else float("nan"))
     sums = counts.double().sum(dim=0)
     np.testing.assert_allclose(class_iou(sums).numpy(), ious)
-    assert iou_statistics(counts).value() == pytest.approx(np.nanmean(ious))
-    assert pixel_statistics(counts).value() == pytest.approx(right / total)
+    assert value_of(iou_statistics(counts)) == pytest.approx(np.nanmean(ious))
+    assert value_of(pixel_statistics(counts)) == pytest.approx(right / total)
     metric = MulticlassJaccardIndex(4, average=None, ignore_index=255)
     torch.testing.assert_close(metric(predicted, truth)[:3].double(), class_iou(sums)[:3])
 
@@ -63,7 +64,7 @@ def test_chance_is_what_shuffled_predictions_reach():
     counts = torch.stack([confusions(*pair, 5) for pair in zip(predicted, truth)])
     shuffled = predicted.flatten()[torch.randperm(predicted.numel(), generator=torch.Generator().manual_seed(0))]
     again = torch.stack([confusions(*pair, 5) for pair in zip(shuffled.view_as(predicted), truth)])
-    assert chance_iou(counts) == pytest.approx(iou_statistics(again).value(), abs=0.01)
+    assert chance_iou(counts) == pytest.approx(value_of(iou_statistics(again)), abs=0.01)
 
 
 def test_learns_what_the_patches_show(mean_colour, pixel_source):

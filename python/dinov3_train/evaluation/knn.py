@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3_train.evaluation.extract import UNLABELLED, Extracted
+from dinov3_train.evaluation.extract import Extracted
+from dinov3_train.evaluation.labelled import Labelled, accuracies, accuracy_groups, labelled
+from dinov3_train.evaluation.measure import Groups, plain
 
 BLOCK = 1024  # test rows whose similarities to all training rows are in memory at once
 
 
 @dataclass(frozen=True)
 class Score:
-    """Shares in [0, 1] for one k: of all test images, and the mean over classes of each class's share."""
+    """Shares in [0, 1] for one k: of all test images, and the mean over classes of each class's share.
+
+    Intervals are (low, high) of the bootstrap over test images.
+    """
 
     k: int
     accuracy: float
     mean_per_class: float
+    accuracy_interval: tuple[float, float]
+    mean_per_class_interval: tuple[float, float]
 
 
 @dataclass(frozen=True)
 class KnnResult:
-    """Scores in the order of the k that were asked for, and all that is needed to compare them with others."""
+    """Scores in the order of the k that were asked for, and all that is needed to compare them with others.
+
+    groups: accuracy by group at the best k, where the test images have groups.
+    """
 
     scores: tuple[Score, ...]
     temperature: float
@@ -37,6 +47,7 @@ class KnnResult:
     train_unlabelled: int
     test_unlabelled: int
     settings: dict = field(default_factory=dict)
+    groups: Groups | None = None
 
     @property
     def best(self) -> Score:
@@ -51,8 +62,8 @@ class KnnResult:
         raise ValueError(f"KnnResult: k expects one of {[score.k for score in self.scores]}, got {k}")
 
     def to_dict(self) -> dict:
-        """Plain dictionaries and lists."""
-        return asdict(self)
+        """Plain dictionaries and lists; None for what is not a finite number."""
+        return plain({"probe": "knn", **asdict(self)})
 
     def write(self, path: str | Path) -> Path:
         """Write the result as JSON."""
@@ -74,28 +85,13 @@ def evaluate_knn(
     Errors: ValueError when a side has no label, the training images have one class only, a test class has no training
     image, a k exceeds the training images, or the features differ in width or settings.
     """
-    _check_comparable(train, test)
-    aligned = _aligned(train, test)
-    train_kept, test_kept = train.labels != UNLABELLED, aligned != UNLABELLED
-    for side, kept in (("training", train_kept), ("test", test_kept)):
-        if not kept.any():
-            raise ValueError(f"evaluate_knn: expected labelled {side} images, got {len(kept)} images without one label")
-    train_labels, test_labels = train.labels[train_kept], aligned[test_kept]
-    _check_classes(train_labels, test_labels, train.classes)
-    predictions = predict(
-        train.features[train_kept], train_labels, test.features[test_kept], k=k, temperature=temperature
-    )  # (len(k), n)
-    scores = tuple(Score(int(n), *_accuracies(row, test_labels)) for n, row in zip(k, predictions))
-    return KnnResult(
-        scores=scores,
-        temperature=float(temperature),
-        train_images=len(train_labels),
-        test_images=len(test_labels),
-        classes=len(train_labels.unique()),
-        train_unlabelled=int((~train_kept).sum()),
-        test_unlabelled=int((~test_kept).sum()),
-        settings=dict(test.settings),
-    )
+    found = labelled("evaluate_knn", train, test)
+    predictions = predict(found.train, found.train_labels, found.test, k=k, temperature=temperature)  # (len(k), n)
+    scores = tuple(_score(int(n), row, found) for n, row in zip(k, predictions))
+    result = KnnResult(scores, temperature=float(temperature), **found.counts, settings=dict(test.settings))
+    if found.groups is None:
+        return result
+    return replace(result, groups=accuracy_groups(found, predictions[scores.index(result.best)]))
 
 
 def predict(
@@ -147,47 +143,8 @@ def _votes(weight: Tensor, label: Tensor, counts: list[int], classes: int) -> Te
     return torch.stack([after[count] for count in counts])
 
 
-def _accuracies(predicted: Tensor, labels: Tensor) -> tuple[float, float]:
-    right = (predicted == labels).double()
-    per_class = [right[labels == label].mean() for label in labels.unique()]
-    return float(right.mean()), float(torch.stack(per_class).mean())
-
-
-def _check_comparable(train: Extracted, test: Extracted) -> None:
-    if train.features.shape[1] != test.features.shape[1]:
-        widths = f"{train.features.shape[1]} and {test.features.shape[1]}"
-        raise ValueError(f"evaluate_knn: training and test features expect one width, got {widths}")
-    if train.settings != test.settings:
-        differing = [
-            key for key in {**train.settings, **test.settings} if train.settings.get(key) != test.settings.get(key)
-        ]
-        raise ValueError(f"evaluate_knn: training and test features expect the same settings, differing: {differing}")
-
-
-def _aligned(train: Extracted, test: Extracted) -> Tensor:
-    """Test labels (n,) in the training numbering: by name where both sides name their classes, else as they are."""
-    if train.classes is None or test.classes is None or train.classes == test.classes:
-        return test.labels
-    used = [test.classes[label] for label in test.labels[test.labels != UNLABELLED].unique().tolist()]
-    unknown = [name for name in used if name not in train.classes]
-    if unknown:
-        raise ValueError(
-            f"evaluate_knn: every test class needs a training class of that name, none for: {_listed(unknown)}"
-        )
-    number = {name: index for index, name in enumerate(train.classes)} | {None: UNLABELLED}
-    names = [None if label == UNLABELLED else test.classes[label] for label in test.labels.tolist()]
-    return torch.tensor([number[name] for name in names], dtype=torch.int64)
-
-
-def _check_classes(train_labels: Tensor, test_labels: Tensor, classes: tuple[str, ...] | None) -> None:
-    known = set(train_labels.tolist())
-    if len(known) < 2:
-        raise ValueError(f"evaluate_knn: expected at least two classes among the training images, got {len(known)}")
-    missing = sorted(set(test_labels.tolist()) - known)
-    if missing:
-        names = [classes[label] if classes is not None and label < len(classes) else str(label) for label in missing]
-        raise ValueError(f"evaluate_knn: every test class needs a training image, none for: {_listed(names)}")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
+def _score(k: int, predicted: Tensor, found: Labelled) -> Score:
+    shares = accuracies(predicted, found.test_labels)
+    accuracy, per_class = shares["accuracy"], shares["mean_per_class"]
+    intervals = (accuracy.low, accuracy.high), (per_class.low, per_class.high)
+    return Score(k, accuracy.value, per_class.value, *intervals)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,18 @@ from dinov3_train.counter import image_seed
 
 SAMPLES, LEVEL = 1000, 0.95
 BLOCK = 100  # resamples drawn at once
+
+
+class Judged(Protocol):
+    """n judged images of which any weighting gives a metric."""
+
+    def __len__(self) -> int: ...
+
+    def metric(self, weights: Tensor) -> Tensor:
+        """weights (b, n) float64, how often each image counts -> (b,), NaN where the metric is undefined."""
+
+    def of(self, rows: Tensor) -> Judged:
+        """The same for some images: rows (m,) of numbers or (n,) of truth values."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +41,39 @@ class Statistics:
     values: Tensor
     reduce: Callable[[Tensor], Tensor]
 
-    def value(self) -> float:
-        """The metric over all images."""
-        return float(self.reduce(self.values.double().sum(dim=0, keepdim=True))[0])
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def metric(self, weights: Tensor) -> Tensor:
+        """As `Judged` says."""
+        sums = weights @ self.values.double().flatten(1)  # (b, S)
+        return self.reduce(sums.unflatten(1, self.values.shape[1:]))
 
     def of(self, rows: Tensor) -> Statistics:
-        """The same for some images: rows (m,) of numbers or (n,) of truth values."""
+        """As `Judged` says."""
         return Statistics(self.values[rows], self.reduce)
+
+
+@dataclass(frozen=True)
+class ClassMeans:
+    """Mean over the classes that occur of each class's share of right answers: right (n,), labels (n,) from 0."""
+
+    right: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def metric(self, weights: Tensor) -> Tensor:
+        """As `Judged` says."""
+        sums = weights.new_zeros(2, len(weights), int(self.labels.max()) + 1)
+        sums[0].index_add_(1, self.labels, weights * self.right.double())
+        sums[1].index_add_(1, self.labels, weights)
+        return (sums[0] / sums[1]).nanmean(dim=1)
+
+    def of(self, rows: Tensor) -> ClassMeans:
+        """As `Judged` says."""
+        return ClassMeans(self.right[rows], self.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -104,11 +143,16 @@ def plain(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def measured(statistics: Statistics, *, samples: int = SAMPLES, level: float = LEVEL, seed: int = 0) -> Measured:
+def value_of(judged: Judged) -> float:
+    """The metric over all images."""
+    return float(judged.metric(torch.ones(1, len(judged), dtype=torch.float64))[0])
+
+
+def measured(judged: Judged, *, samples: int = SAMPLES, level: float = LEVEL, seed: int = 0) -> Measured:
     """A metric with its percentile bootstrap interval over images.
 
     Args:
-        statistics: of n >= 1 images.
+        judged: n >= 1 images.
         samples: how often n images are drawn from the n, with replacement.
         level: share of the resampled values inside the interval, in (0, 1).
         seed: of the draws.
@@ -117,32 +161,30 @@ def measured(statistics: Statistics, *, samples: int = SAMPLES, level: float = L
     Errors: ValueError for no images.
     Source: Efron, Bootstrap methods (Annals of Statistics 7, 1979).
     """
-    count = len(statistics.values)
+    count = len(judged)
     if count == 0:
         raise ValueError("measured: expected at least one image, got none")
-    rows = statistics.values.double().flatten(1)  # (n, S)
     generator = np.random.Generator(np.random.Philox(image_seed(seed, "bootstrap", 0)))
     found = []
     for start in range(0, samples, BLOCK):
         drawn = generator.multinomial(count, np.full(count, 1 / count), size=min(BLOCK, samples - start))
-        sums = torch.from_numpy(drawn).double() @ rows  # (b, S)
-        found.append(statistics.reduce(sums.unflatten(1, statistics.values.shape[1:])))
+        found.append(judged.metric(torch.from_numpy(drawn).double()))
     values = torch.cat(found)
     values = values[~values.isnan()]
     outside = (1 - level) / 2
     shares = torch.tensor([outside, 1 - outside], dtype=torch.float64)
     low, high = values.quantile(shares).tolist() if len(values) else (float("nan"), float("nan"))
-    return Measured(statistics.value(), low, high, count)
+    return Measured(value_of(judged), low, high, count)
 
 
 def by_group(
-    metric: str, statistics: Statistics, groups: Sequence[str | None], *, higher_is_better: bool = True, seed: int = 0
+    metric: str, judged: Judged, groups: Sequence[str | None], *, higher_is_better: bool = True, seed: int = 0
 ) -> Groups:
     """The metric of each group's images, the worst group and the gap to the best.
 
     Args:
         metric: its name.
-        statistics: of n images.
+        judged: n images.
         groups: the n images' groups, None where there is none.
 
     Errors: ValueError for fewer than two groups.
@@ -150,9 +192,7 @@ def by_group(
     names = sorted({group for group in groups if group is not None})
     if len(names) < 2:
         raise ValueError(f"group: expected at least two groups of test images, got {names or 'none'}")
-    scores = {
-        name: measured(statistics.of(torch.tensor([group == name for group in groups])), seed=seed) for name in names
-    }
+    scores = {name: measured(judged.of(torch.tensor([group == name for group in groups])), seed=seed) for name in names}
     known = {name: score.value for name, score in scores.items() if score.value == score.value}
     if not known:
         raise ValueError(f"group: {metric} is not defined in any of the {len(names)} groups")

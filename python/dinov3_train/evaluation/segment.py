@@ -14,7 +14,7 @@ from dinov3_train.data.batch import patch_grid
 from dinov3_train.evaluation.dense import PatchBank, PatchBatch, chosen, patch_bank, patch_batches
 from dinov3_train.evaluation.extract import groups_of
 from dinov3_train.evaluation.heads import Heads, HeadTraining, best_of, split, train_heads
-from dinov3_train.evaluation.measure import ProbeResult, Statistics, by_group, measured
+from dinov3_train.evaluation.measure import ProbeResult, Statistics, by_group, measured, value_of
 from dinov3_train.evaluation.reading import warn_unreadable
 from dinov3_train.evaluation.targets import VOID, MaskTarget, check_targets, with_target
 from dinov3_train.evaluation.view import View
@@ -295,7 +295,7 @@ def _held_out_scores(layer: LinearLayer, bank: PatchBank, rows: Tensor, classes:
         predicted = _enlarged(logits, bank.targets.shape[1:]).argmax(dim=2)[:, 0].cpu()  # (H, Y, X)
         for number, one in enumerate(predicted):
             counts[number] += confusions(one, bank.targets[row], classes)
-    return [iou_statistics(one[None]).value() for one in counts]
+    return [value_of(iou_statistics(one[None])) for one in counts]
 
 
 @torch.no_grad()

@@ -1,0 +1,300 @@
+"""`dinov3 evaluate ...`: every probe from `name=value` words to printed lines and a JSON file.
+
+A probe's options are the fields of its settings; what words do not say comes from `preset=`, else from the settings.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from . import words as word_options
+from .data.batch import patch_grid
+from .data.sources import Source, open_source
+from .evaluation.extract import Extracted, extract, grouped
+from .evaluation.heads import HeadTraining
+from .evaluation.knn import KnnResult
+from .evaluation.knn import evaluate_knn as knn
+from .evaluation.linear import LinearSettings, evaluate_linear
+from .evaluation.logistic import LogisticSettings, evaluate_logistic
+from .evaluation.measure import Groups, ProbeResult
+from .evaluation.segment import SegmentSettings, evaluate_segment
+from .evaluation.view import View
+from .presets import PRESETS, preset
+from .weights import Resolved, resolve
+from .words import Option
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One evaluation: the resolved backbone on its device, the view, the words' values, where progress goes."""
+
+    found: Resolved
+    view: View
+    values: dict[str, object]
+    report: Report
+
+    @property
+    def backbone(self) -> torch.nn.Module:
+        """The backbone."""
+        return self.found.backbone
+
+    def source(self, name: str) -> Source:
+        """The source that the option `name` describes."""
+        return open_source(self.values[name])
+
+    def extracted(self, name: str) -> Extracted:
+        """Pooled features of the source `name`, with groups where it is the test source."""
+        source = self.source(name)
+        found = extract(
+            self.backbone,
+            source,
+            self.view,
+            pooling=self.values["pooling"],
+            precision=self.values["precision"],
+            progress=lambda done, total: self.report(f"{name} images", done, total),
+        )
+        return grouped(found, source, self.values["group"] if name == "test" else None)
+
+    def settings(self, defaults):
+        """Settings of a probe with the values that were given."""
+        return given(defaults, self.values)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A command: its function, options of its own, and defaults of the view."""
+
+    run: Callable[[Call], ProbeResult | KnnResult]
+    options: dict[str, Option]
+    view: dict[str, object]
+
+
+def evaluate(name: str, words: list[str]) -> None:
+    """Run one probe, print what it found and write it as JSON if asked."""
+    values, probe = read(name, words), PROBES[name]
+    began = time.monotonic()
+    found = resolve(values["backbone"], step=values["step"])
+    view = given(found.view(values["size"]), {key: values[key] for key in ("short_side", "resize")})
+    patch_grid(view.size, found.backbone.patch_size, "size")
+    if values["out"] is not None and values["out"].suffix != ".json":
+        raise ValueError(f"out: expected a .json file, got {str(values['out'])!r}")
+    found.backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+    with _progress() as report:
+        result = probe.run(Call(found, view, values, report))
+    result = replace(
+        result,
+        settings={
+            "backbone": str(values["backbone"]),
+            "step": values["step"],
+            "origin": found.origin,
+            **{key: values[key] for key in ("train", "test", "preset", "group") if key in values},
+            **({"preset_note": preset(name, values["preset"]).note} if values["preset"] else {}),
+            **result.settings,
+        },
+    )
+    for line in lines(result):
+        print(line)
+    print(f"{view.size} px, {found.origin}, {time.monotonic() - began:.0f} s")
+    if values["preset"]:
+        print(f"preset {values['preset']}: {preset(name, values['preset']).note}")
+    if values["out"] is not None:
+        print(f"wrote {result.write(values['out'])}")
+
+
+def read(name: str, words: list[str]) -> dict[str, object]:
+    """The values of all options of a probe: words, else the preset's, else the probe's own, else None."""
+    probe = PROBES[name]
+    values, _ = word_options.read(f"evaluate {name}", words, COMMON | probe.options)
+    chosen = preset(name, values["preset"]).values if values["preset"] else {}
+    unknown = set(chosen) - set(values)
+    assert not unknown, f"preset of {name} names {unknown}"
+    below = probe.view | chosen
+    return {key: below.get(key) if value is None else value for key, value in values.items()}
+
+
+def given(defaults, values: dict[str, object]):
+    """A settings dataclass with those of `values` that it has a field for and that are not None; nested ones too."""
+    changes = {}
+    for entry in fields(defaults):
+        current = getattr(defaults, entry.name)
+        if isinstance(current, HeadTraining):
+            changes[entry.name] = given(current, values)
+        elif values.get(entry.name) is not None:
+            changes[entry.name] = values[entry.name]
+    return replace(defaults, **changes)
+
+
+def lines(result: ProbeResult | KnnResult) -> Iterator[str]:
+    """What is printed of a result."""
+    if isinstance(result, KnnResult):
+        for score in result.scores:
+            yield (
+                f"k={score.k}: accuracy {score.accuracy:.4f}, mean per class {score.mean_per_class:.4f} "
+                f"{_interval(score.mean_per_class_interval)}"
+            )
+        yield (
+            f"{result.train_images} training and {result.test_images} test images, {result.classes} classes, "
+            f"{result.settings['pooling']}"
+        )
+    else:
+        for name, found in result.metrics.items():
+            chance = f", chance {result.chance[name]:.4f}" if name in result.chance else ""
+            yield f"{name.replace('_', ' ')} {found.value:.4f} {_interval((found.low, found.high))}{chance}"
+        yield ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result.counts.items())
+        chosen = {key: value for key, value in result.details.items() if isinstance(value, (int, float))}
+        if chosen:
+            yield ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in chosen.items())
+    if result.groups is not None:
+        yield from _group_lines(result.groups)
+
+
+def _group_lines(groups: Groups) -> Iterator[str]:
+    ordered = sorted(groups.scores.items(), key=lambda entry: entry[1].value)
+    for name, score in ordered if len(ordered) <= 12 else [*ordered[:5], *ordered[-5:]]:
+        interval = _interval((score.low, score.high))
+        yield f"group {name}: {groups.metric} {score.value:.4f} {interval}, {score.images} images"
+    more = f", {groups.without} images without a group" if groups.without else ""
+    yield f"{len(ordered)} groups: worst {groups.worst}, best {groups.best}, gap {groups.gap:.4f}{more}"
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    return f"[{ends[0]:.4f}, {ends[1]:.4f}]"
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """A bar on a terminal for each thing that is done; nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        tasks = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        yield report
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers between commas."""
+    return tuple(float(part) for part in text.split(","))
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Whole numbers between commas."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def _options(**helps: tuple[Callable, str]) -> dict[str, Option]:
+    return {name: Option(kind, help=text) for name, (kind, text) in helps.items()}
+
+
+COMMON = {
+    "backbone": Option(str, required=True, help="RUN, a weights file, hf:ID or timm:NAME"),
+    "step": Option(int, help="checkpoint step of a run; 0 is the untrained start; default: the newest"),
+    "preset": Option(str, help="settings by name: dinov3 (the released evaluation), paper"),
+    "size": Option(int, help="side in pixels; default: the backbone's own"),
+    "short_side": Option(int, help="side in pixels to which the short side is resized before the crop; default: size"),
+    "resize": Option(str, help="short_side_center_crop, or squash (nothing is cut off, the aspect is lost)"),
+    "precision": Option(str, help="fp32 or bf16"),
+    "out": Option(Path, help="JSON file for the result"),
+}
+SOURCES = {
+    "train": Option(str, required=True, help="PATH"),
+    "test": Option(str, required=True, help="PATH"),
+    "group": Option(str, help="column of the test manifest, or entry of the images' .json, to score by group"),
+}
+POOLED = SOURCES | _options(pooling=(str, "cls, patch_mean or cls+patch"))
+FEW = _options(shots=(int, "few-shot: training images of each class"), seed=(int, "seed of every draw"))
+HEADS = _options(
+    learning_rates=(numbers, "rates, commas between several"),
+    weight_decays=(numbers, "weight decays, commas between several"),
+    optimizer=(str, "sgd or adamw"),
+    steps=(int, "steps of training the linear layer"),
+    batch_size=(int, "images of a step"),
+    warmup=(int, "steps of rising rate"),
+    schedule=(str, "cosine or constant"),
+    dropout=(float, "share of channels dropped"),
+    clip=(float, "largest norm of a head's gradient"),
+    held_out=(float, "share of the training images that choose among settings"),
+)
+DENSE = (
+    SOURCES
+    | HEADS
+    | _options(
+        images=(int, "few-shot: labelled training images"),
+        upsample=(int, "values per patch side at which the loss compares"),
+        layer=(int, "block whose patches are used, from 0; default: the last"),
+        seed=(int, "seed of every draw"),
+    )
+)
+WHOLE_IMAGE = {"resize": "squash", "precision": "fp32"}
+CROP = {"resize": "short_side_center_crop", "precision": "fp32", "pooling": "cls"}
+
+
+def _knn(call: Call) -> KnnResult:
+    k, temperature = call.values["k"], call.values["temperature"]
+    return knn(call.extracted("train"), call.extracted("test"), k=k, temperature=temperature)
+
+
+def _logistic(call: Call) -> ProbeResult:
+    settings = call.settings(LogisticSettings())
+    return evaluate_logistic(call.extracted("train"), call.extracted("test"), settings=settings, progress=call.report)
+
+
+def _linear(call: Call) -> ProbeResult:
+    settings = call.settings(LinearSettings())
+    device = next(call.backbone.parameters()).device
+    return evaluate_linear(
+        call.extracted("train"), call.extracted("test"), settings=settings, device=device, progress=call.report
+    )
+
+
+def _segment(call: Call) -> ProbeResult:
+    return evaluate_segment(
+        call.backbone,
+        call.source("train"),
+        call.source("test"),
+        call.view,
+        settings=call.settings(SegmentSettings()),
+        group=call.values["group"],
+        progress=call.report,
+    )
+
+
+PROBES = {
+    "knn": Probe(
+        _knn,
+        POOLED | _options(k=(counts, "numbers of neighbours, commas between several"), temperature=(float, "of votes")),
+        CROP | {"k": (10,), "temperature": 0.07},
+    ),
+    "logistic": Probe(
+        _logistic,
+        POOLED
+        | FEW
+        | _options(
+            strengths=(numbers, "values of C, commas between several"),
+            held_out=(float, "share of the training images that choose among them"),
+            iterations=(int, "at most so many of L-BFGS"),
+            tolerance=(float, "largest gradient at which it stops"),
+        ),
+        CROP,
+    ),
+    "linear": Probe(_linear, POOLED | FEW | HEADS, CROP),
+    "segment": Probe(
+        _segment, DENSE | _options(classes=(int, "number of classes; default: from the masks")), WHOLE_IMAGE
+    ),
+}
+assert set(PRESETS) <= set(PROBES)
