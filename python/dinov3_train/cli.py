@@ -171,6 +171,23 @@ def features(words: Words = None) -> None:
     run(**values)
 
 
+@app.command()
+def export(
+    words: Words = None,
+    to: Annotated[str | None, typer.Option("--to", help="hf, timm, meta, safetensors or onnx; as to=NAME.")] = None,
+) -> None:
+    """Weights written out: backbone=RUN to=hf|timm|meta|safetensors|onnx out=PATH [heads=true]; checked there."""
+    from .commands_export import export_weights as run
+
+    options = BACKBONE | {
+        "to": Option(str, required=True, help="hf, timm, meta, safetensors or onnx"),
+        "out": Option(Path, required=True, help="new file or folder"),
+        "heads": Option(_yes, default=False, help="true or false: the projection heads too (safetensors)"),
+    }
+    values, _ = word_options.read("export", [*(words or []), *([] if to is None else [f"to={to}"])], options)
+    run(**values)
+
+
 @visualize_app.command("pca")
 def visualize_pca(words: Words = None) -> None:
     """PCA of patch features as RGB: backbone=RUN data=PATH out=FILE.png [images=8] [size=PIXELS]."""

@@ -15,7 +15,6 @@ from .data.sources import open_source
 from .evaluation.extract import Extracted, extract, save_features
 from .evaluation.pictures import cosine_sheet, pca_sheet
 from .evaluation.view import View
-from .models.architectures import side_multiple
 from .weights import Resolved, resolve
 
 
@@ -84,7 +83,7 @@ def _backbone(spec: str, step: int | None, size: int | None) -> tuple[torch.nn.M
 def _seen(found: Resolved, size: int | None) -> tuple[torch.nn.Module, View]:
     """The backbone on this machine's device, and how it sees images; ValueError for a side that does not divide."""
     seen_as = found.view(size)
-    patch_grid(seen_as.size, side_multiple(found.architecture), "size")
+    patch_grid(seen_as.size, found.side_multiple, "size")
     return found.backbone.to("cuda" if torch.cuda.is_available() else "cpu"), seen_as
 
 

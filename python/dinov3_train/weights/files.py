@@ -77,10 +77,13 @@ def from_folder(folder: Path, *, origin: str, licence: str | None = None) -> Res
 
 def resolved(parts: Parts, stated: Stated, own: About | None, *, origin: str) -> Resolved:
     """Model and facts together; what this package wrote itself goes before what surrounds the weights."""
-    if parts.convnext:
-        found = recognised_convnext(parts.backbone)
-    else:
-        found = recognised(parts.backbone, head_width=stated.head_width or parts.head_width, base=parts.base)
+    try:
+        if parts.convnext:
+            found = recognised_convnext(parts.backbone)
+        else:
+            found = recognised(parts.backbone, head_width=stated.head_width or parts.head_width, base=parts.base)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {str(error).removeprefix('weights: ')}") from error
     if own is not None:
         found = own.architecture
     elif stated.architecture is not None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..config import Backbone, ConvNeXtBackbone
 from ..evaluation.view import View
+from ..models.architectures import side_multiple
 from ..models.heads import ProjectionHead
 
 
@@ -32,6 +33,11 @@ class Resolved:
     size: int
     origin: str
     licence: str
+
+    @property
+    def side_multiple(self) -> int:
+        """Pixels of which image sides must be multiples."""
+        return side_multiple(self.architecture)
 
     def view(self, size: int | None = None) -> View:
         """How images are shown to the backbone: `size` or the weights' own side in pixels, and their normalisation."""

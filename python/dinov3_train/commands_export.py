@@ -1,0 +1,22 @@
+"""`dinov3 export`: weights of anything `backbone=` takes, written for another library and checked there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .weights import resolve
+from .weights.export import FORMATS, export
+
+
+def export_weights(*, backbone: str, step: int | None, to: str, out: Path, heads: bool) -> None:
+    """Resolve, write, read back, compare; print what was found and under which licence it stands."""
+    found = resolve(backbone, step=step)
+    print(f"from {found.origin}: {found.architecture.name}, licence: {found.licence}")
+    done = export(found, to, out, heads=heads)
+    sizes = " and ".join(f"{height} x {width}" for height, width in done.sizes)
+    print(
+        f"wrote {done.path}, {FORMATS[to].words}; read back there, features at {sizes} px differ by at most "
+        f"{done.difference:.1e} (their standard deviation is {done.deviation:.2f})"
+    )
+    if done.lost:
+        print(f"not in it: {', '.join(done.lost)}")
