@@ -226,6 +226,21 @@ def health(words: Words = None) -> None:
 
 
 @app.command()
+def report(words: Words = None) -> None:
+    """One HTML page of a run, or of several side by side: RUN [RUN2 ...] out=PAGE.html [pictures=4]."""
+    from .run_report import report as run
+
+    options = {
+        "out": Option(Path, required=True, help="PAGE.html"),
+        "pictures": Option(int, default=4, help="photographs to show features of; 0: none"),
+    }
+    runs = [word for word in words or [] if word.partition("=")[0] not in options]
+    values, _ = word_options.read("report", [word for word in words or [] if word not in runs], options)
+    path = run(runs, values["out"], pictures=values["pictures"])
+    Console().print(f"wrote {path}: {path.stat().st_size / 2**20:.1f} MB", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def demo(
     words: Words = None,
     quick: Annotated[bool, typer.Option("--quick", help="Under 90 seconds on two cores.")] = False,

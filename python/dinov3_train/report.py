@@ -19,7 +19,8 @@ from PIL import Image
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfcfb; --card: #ffffff; --ink: #1a1c20; --faint: #626873; --line: #dcdee3;
   --s1: #0b62b0; --s2: #c2500a; --s3: #00805f; --s4: #9b3a86; --s5: #7d6200; --s6: #4b5563; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14161a; --card: #1c1f25; --ink: #eceef2; --faint: #a2a9b6;
+@media screen and (prefers-color-scheme: dark) { :root {
+  --paper: #14161a; --card: #1c1f25; --ink: #eceef2; --faint: #a2a9b6;
   --line: #343943; --s1: #6cb6ff; --s2: #ff9f57; --s3: #4fd1a5; --s4: #e59ad3; --s5: #e8c547; --s6: #b8c0cc; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
@@ -52,11 +53,24 @@ svg .line { fill: none; stroke-width: 2.25; stroke-linejoin: round; stroke-linec
 svg .raw { fill: none; stroke-width: 1; opacity: .3; }
 .legend span { display: inline-block; margin-right: 1.25rem; }
 .legend svg { display: inline-block; width: 2rem; height: .7rem; vertical-align: middle; margin-right: .4rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 1rem; }
+.charts figure.card { margin: 0; }
+.signs { list-style: none; padding: 0; margin: 1.25rem 0; }
+.signs li { background: var(--card); border: 1px solid var(--line); border-left: 5px solid var(--s2);
+  border-radius: 8px; padding: .7rem 1rem; margin: 0 0 .6rem; overflow-wrap: anywhere; }
+.signs li b { margin-right: .4em; }
+.signs.good li { border-left-color: var(--s3); }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .9rem 1rem;
+  font-size: .85rem; line-height: 1.45; white-space: pre-wrap; overflow-wrap: anywhere; }
+details { margin: 1rem 0; } summary { cursor: pointer; color: var(--s1); }
+@media (max-width: 520px) { .charts svg text { font-size: 17px; } .charts svg .title { font-size: 19px; }
+  th, td { padding-right: .6rem; } .numbers b { font-size: 1.5rem; } .row { gap: .3rem; } }
 @media print { body { background: #fff; font-size: 11pt; } main { max-width: none; padding: 0; }
   figure, .row, .numbers, tr { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 DASHES = ("", "9 5", "2 5", "12 4 2 4", "5 3", "1 4")  # curves differ without colour too
 COLORS = 6
+SMALL = (440, 270)  # of charts that stand side by side
 
 
 @dataclass(frozen=True)
@@ -126,6 +140,41 @@ class Page:
         )
         return self
 
+    def charts(
+        self, entries: Sequence[tuple[str, Mapping[str, tuple[Sequence[float], Sequence[float]]], str]], *, x_label: str
+    ) -> Page:
+        """Small curves side by side: (title, lines by name, caption) each, one legend for all.
+
+        Lines of one name have one look in every chart.
+        Errors: as `curve`.
+        """
+        names = list(dict.fromkeys(name for _, lines, _ in entries for name in lines))
+        cards = "".join(
+            f'<figure class="card">{curve_svg(lines, title=title, x_label=x_label, size=SMALL, names=names)}'
+            f"{_caption(caption)}</figure>"
+            for title, lines, caption in entries
+        )
+        legend = f'<div class="legend">{_legend(names)}</div>' if len(names) > 1 else ""
+        self._parts.append(f'{legend}<div class="charts">{cards}</div>')
+        return self
+
+    def signs(self, entries: Sequence[tuple[str, str]], *, good: bool = False) -> Page:
+        """What to see first: (word, text) each in a box of its own; `good` for all is well."""
+        items = "".join(f"<li><b>{escape(word)}</b> {escape(text)}</li>" for word, text in entries)
+        self._parts.append(f'<ul class="signs{" good" if good else ""}">{items}</ul>')
+        return self
+
+    def code(self, text: str, *, summary: str = "") -> Page:
+        """Text as it is typed; with a `summary` folded away under it."""
+        block = f"<pre>{escape(text)}</pre>"
+        self._parts.append(f"<details><summary>{escape(summary)}</summary>{block}</details>" if summary else block)
+        return self
+
+    def embed(self, markup: str) -> Page:
+        """HTML of the caller's own, taken as it is."""
+        self._parts.append(markup)
+        return self
+
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str | Link]]) -> Page:
         """A table of texts and links. Errors: ValueError for a row that is not as long as the header."""
         for row in rows:
@@ -191,17 +240,28 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
 
 
 def curve_svg(
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str, x_label: str, smooth: int = 1
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    x_label: str,
+    smooth: int = 1,
+    size: tuple[int, int] = (760, 340),
+    names: Sequence[str] | None = None,
 ) -> str:
-    """An SVG element with axes and one line for each entry; gaps where a value is not finite."""
+    """An SVG element with axes and one line for each entry; gaps where a value is not finite.
+
+    size: width and height in units of 1/13 of a letter's height; names: of all lines that are to look different, in
+    their order; None: the entries.
+    """
+    names = list(lines) if names is None else list(names)
     for name, (xs, ys) in lines.items():
         if len(xs) != len(ys):
             raise ValueError(f"curve: {name!r} expects as many x as y, got {len(xs)} and {len(ys)}")
     points = [(x, y) for xs, ys in lines.values() for x, y in zip(xs, ys) if math.isfinite(x) and math.isfinite(y)]
     if not points:
         raise ValueError(f"curve: {title!r} expects at least one finite point, got none")
-    width, height, left, right, top, bottom = 760, 340, 62, 18, 40, 46
-    x_ticks = _ticks(min(x for x, _ in points), max(x for x, _ in points))
+    (width, height), left, right, top, bottom = size, 62 if size[0] > 600 else 80, 22, 40, 46
+    x_ticks = _ticks(min(x for x, _ in points), max(x for x, _ in points), 5 if width > 600 else 3)
     y_ticks = _ticks(min(y for _, y in points), max(y for _, y in points))
 
     def at(x: float, y: float) -> str:
@@ -219,7 +279,8 @@ def curve_svg(
         x = at(tick, y_ticks[0]).split(",")[0]
         parts.append(f'<text x="{x}" y="{height - bottom + 20}" text-anchor="middle">{tick:g}</text>')
     parts.append(f'<text x="{width - right}" y="{height - 8}" text-anchor="end">{escape(x_label)}</text>')
-    for number, (xs, ys) in enumerate(lines.values()):
+    for name, (xs, ys) in lines.items():
+        number = names.index(name)
         if smooth > 1:
             parts += _polylines(xs, ys, at, f'class="raw" stroke="{_color(number)}"')
         ink = f'class="line" stroke="{_color(number)}" stroke-dasharray="{_dash(number)}"'
@@ -241,7 +302,8 @@ def _polylines(xs, ys, at, attributes: str) -> list[str]:
 def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers that enclose [low, high]."""
     if high <= low:
-        low, high = low - abs(low) * 0.05 - 1e-9, high + abs(high) * 0.05 + 1e-9
+        pad = abs(low) * 0.05 or 0.5
+        low, high = low - pad, high + pad
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
