@@ -25,6 +25,7 @@ FLOORS = {
     **dict.fromkeys(("commands_evaluate", "presets"), 5),
     **dict.fromkeys(("recipes", "cli", "commands", "demo", "doctor", "photographs", "__init__", "__main__"), 5),
     **dict.fromkeys(("commands_export",), 5),
+    **dict.fromkeys(("stages", "refinement", "gram_choice"), 5),
 }
 FRAMEWORKS = ("torch", "c10", "ATen", "pybind11", "Python", "binding")
 # Native sources that are still to be written; nothing else may be missing.

@@ -70,3 +70,12 @@ def test_warmup_cooldown():
     assert values[8] == pytest.approx(0.5)
     assert values[10] == 0.0
     assert values[6:] == sorted(values[6:], reverse=True)
+
+
+def test_a_cosine_warmup_rises_slowly_first_and_ends_at_the_peak():
+    rising = [warmup_constant(step, peak=4.0, warmup=4, shape="cosine") for step in range(6)]
+    assert rising == pytest.approx(
+        [0.0, 4 * (1 - math.cos(math.pi / 4)) / 2, 2.0, 4 * (1 + math.sqrt(0.5)) / 2, 4.0, 4.0]
+    )
+    assert warmup_cosine(1, peak=4.0, end=0.0, warmup=4, steps=9, shape="cosine") == rising[1]
+    assert warmup_cooldown(1, peak=4.0, end=0.0, warmup=4, cooldown=2, steps=9, shape="cosine") == rising[1]

@@ -1,8 +1,8 @@
-"""DINOv3 training on your own images: `pretrain(config, out)`, `load(run)`, and `recipes.recipe(name)`."""
+"""DINOv3 training on your own images: `pretrain(config, out)`, `refine`, `adapt`, `load(run)`, `recipes`."""
 
 from __future__ import annotations
 
-__all__ = ["load", "pretrain"]
+__all__ = ["adapt", "load", "pretrain", "refine"]
 
 
 def pretrain(config, out, **settings):
@@ -17,3 +17,17 @@ def load(run, *, step=None):
     from .build import load as found
 
     return found(run, step=step)
+
+
+def refine(run, out, **settings):
+    """Gram anchoring of a pretrained run; see `dinov3_train.refinement.refine`."""
+    from .refinement import refine as stage
+
+    return stage(run, out, **settings)
+
+
+def adapt(run, out, **settings):
+    """High-resolution adaptation of a refined run; see `dinov3_train.refinement.adapt`."""
+    from .refinement import adapt as stage
+
+    return stage(run, out, **settings)

@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 
 from . import schedule
-from .config import Config, from_yaml, to_yaml
+from .config import Config, Gram, from_yaml, to_yaml
 from .data.batch import CropBatch
 from .data.loader import UnreadableCount, make_loader
 from .data.mixture import draw_counts, mixture_lines, open_data
+from .data.resolutions import resolutions
 from .data.sampler import BatchPlan
 from .data.sources import Source, open_source
 from .evaluation.drift import drift, panel
@@ -27,21 +28,22 @@ from .evaluation.knn import evaluate_knn
 from .evaluation.monitor import PREFIX, Monitor, history_of
 from .evaluation.panel import open_panel
 from .evaluation.view import View
-from .losses import DinoLoss, IbotLoss, KoLeoLoss, Term
+from .losses import DinoLoss, GramLoss, IbotLoss, KoLeoLoss, Term
 from .models.architectures import backbone_of
 from .models.convnext import ConvNeXt
 from .models.heads import ProjectionHead
 from .models.vit import VisionTransformer
 from .report import read_metrics
-from .train.checkpoint import save_history
+from .train.checkpoint import load_start, save_history, saved_steps
 from .train.distributed import Ranks, ranks, replicated
+from .train.gram import GramTeacher
 from .train.loop import Watchers, fit
 from .train.networks import Networks, teacher_of
 from .train.optimizer import adamw
 from .train.progress import ProgressLine
 from .train.run_folder import RunFolder
 from .train.step import StepSettings, StepValues, TrainState
-from .validation import check, check_memory, check_same_run
+from .validation import check, check_gram_teacher, check_memory, check_same_architecture, check_same_run
 
 if TYPE_CHECKING:
     from .weights import Resolved
@@ -56,13 +58,21 @@ class Finished:
     reason: str
 
 
-def pretrain(config: Config, out: str | Path, *, console: Console | None = None) -> Finished:
-    """Train, or continue the run in `out`: the same call resumes after a kill, bit for bit.
+def pretrain(
+    config: Config,
+    out: str | Path,
+    *,
+    console: Console | None = None,
+    complete: Callable[[Config, Ranks], Config] | None = None,
+) -> Finished:
+    """Train, or continue the run in `out`: the same call resumes after a kill, bit for bit. Serves every stage.
 
     Args:
         config: from a recipe.
         out: run folder, new, empty, or of this very run.
         console: where progress goes; None: standard output.
+        complete: called once the ranks have met and the config is checked; returns the config with what could not be
+            known before (a Gram teacher chosen by its scores), the same on all ranks.
 
     Errors: ValueError for settings, data or folders that cannot work, before training starts; RuntimeError when the
         loss stays non-finite; OSError when a checkpoint cannot be written.
@@ -72,14 +82,17 @@ def pretrain(config: Config, out: str | Path, *, console: Console | None = None)
     folder = RunFolder(Path(out))
     with ranks() as here:
         folder.check()
-        imported = None
+        imported = earlier = None
         if folder.newest_step() is not None:
             earlier = run_config(folder.path)
             config = continued_config(config, earlier)
-            check_same_run(config, earlier, str(folder.path))
         else:
             config, imported = first_config(config)
         check(config, here.world_size)  # after the weights, which may set patch size and heads
+        if complete is not None:
+            config = complete(config, here)
+        if earlier is not None:
+            check_same_run(config, earlier, str(folder.path))
         console = console if here.first and console is not None else Console(quiet=not here.first)
         source = open_data(config.data)
         labelled = [open_source(spec) for spec in config.data.labelled] if here.first else []
@@ -88,6 +101,8 @@ def pretrain(config: Config, out: str | Path, *, console: Console | None = None)
         step = folder.newest_step()
         if step is not None:
             folder.checkpoints(config.run.keep).load(state, step)
+        elif config.start.run is not None:
+            load_start(start_checkpoint(config), state, student=config.start.student, optimizer=config.start.optimizer)
         if here.first:
             folder.write_config(to_yaml(config))
             _say_start(console, config, source, here, folder, step)
@@ -142,7 +157,53 @@ def new_state(config: Config, here: Ranks, imported: Resolved | None = None) -> 
     optimizer = adamw(
         student, betas=rules.betas, layer_decay=rules.layer_decay, patch_embed_multiplier=rules.patch_embed_multiplier
     )
-    return TrainState(student, teacher, optimizer, replicated(student, here.world_size, here.group))
+    state = TrainState(student, teacher, optimizer, replicated(student, here.world_size, here.group))
+    if config.gram.weight:
+        state.gram_teacher = gram_teacher(config, state.teacher, here.device)
+    return state
+
+
+def gram_teacher(config: Config, teacher: Networks, device: torch.device) -> GramTeacher:
+    """The Gram teacher that `gram.teacher` names, frozen, on `device`; for "ema" the EMA teacher's own backbone.
+
+    Errors: ValueError when it cannot serve: none named, another patch size, another architecture although refreshed.
+    """
+    from .weights import resolve  # stands on this module
+
+    gram, crops = config.gram, config.crops
+    if gram.teacher == "ema":
+        return GramTeacher(teacher.backbone, crops.mean, crops.std, gram.crops)
+    if gram.teacher is None:
+        raise ValueError(
+            f"gram.teacher: gram.weight is {gram.weight:g}, expected ema or the weights of a Gram teacher, got nothing "
+            "(dinov3 refine chooses one: teacher=auto)"
+        )
+    found = resolve(gram.teacher)
+    check_gram_teacher(config, found)
+    backbone = found.backbone.to(device).requires_grad_(False).eval()
+    if config.run.compile and hasattr(backbone, "blocks"):
+        for block in backbone.blocks:
+            block.compile()
+    return GramTeacher(backbone, found.mean, found.std, gram.crops)
+
+
+def start_checkpoint(config: Config) -> Path:
+    """The checkpoint that `start.run` names, the newest of a run folder, once it is known to fit.
+
+    Errors: ValueError when there is none, or when it is of another architecture or has other heads.
+    """
+    path = Path(config.start.run)
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    earlier = run_config(run)
+    check_same_architecture(config, earlier, str(run))
+    if run != path:
+        if not path.is_dir():
+            raise ValueError(f"start.run: {path} does not exist")
+        return path
+    steps = saved_steps(run / "checkpoints")
+    if not steps:
+        raise ValueError(f"start.run: {run} has no checkpoint yet")
+    return run / "checkpoints" / f"step_{steps[-1]:08d}"
 
 
 def networks(config: Config) -> Networks:
@@ -165,7 +226,7 @@ def networks(config: Config) -> Networks:
 
 
 def terms(config: Config) -> tuple[Term, ...]:
-    """The losses of pretraining; a term of weight 0 is left out."""
+    """The losses; a term of weight 0 is left out."""
     losses = config.losses
     temperature = losses.student_temperature
     found: list[Term] = []
@@ -175,6 +236,8 @@ def terms(config: Config) -> tuple[Term, ...]:
         found.append(IbotLoss(weight=losses.ibot, student_temperature=temperature))
     if losses.koleo:
         found.append(KoLeoLoss(weight=losses.koleo, group=losses.koleo_group))
+    if config.gram.weight:
+        found.append(GramLoss(weight=config.gram.weight, clip=config.gram.clip, level=config.gram.level))
     return tuple(found)
 
 
@@ -188,12 +251,20 @@ def step_values(config: Config, step: int) -> StepValues:
     peak, end = scaled(rules.lr), scaled(rules.lr_end or 0.0)
     if rules.cooldown:
         rate = schedule.warmup_cooldown(
-            step, peak=peak, end=end, warmup=rules.warmup, cooldown=rules.cooldown, steps=steps
+            step,
+            peak=peak,
+            end=end,
+            warmup=rules.warmup,
+            cooldown=rules.cooldown,
+            steps=steps,
+            shape=rules.warmup_shape,
         )
     elif rules.lr_end is not None:
-        rate = schedule.warmup_cosine(step, peak=peak, end=end, warmup=rules.warmup, steps=steps)
+        rate = schedule.warmup_cosine(
+            step, peak=peak, end=end, warmup=rules.warmup, steps=steps, shape=rules.warmup_shape
+        )
     else:
-        rate = schedule.warmup_constant(step, peak=peak, warmup=rules.warmup)
+        rate = schedule.warmup_constant(step, peak=peak, warmup=rules.warmup, shape=rules.warmup_shape)
 
     def over_run(start: float, last: float | None) -> float:
         return start if last is None else schedule.cosine(step, start=start, end=last, steps=steps)
@@ -210,12 +281,36 @@ def step_values(config: Config, step: int) -> StepValues:
             end=losses.teacher_temperature,
             steps=losses.teacher_temperature_warmup,
         ),
+        weights=_part_weights(config, step),
+        refresh_gram=_refreshes_gram(config.gram, step),
     )
 
 
 def _thawed(step: int, *, frozen: int, ramp: int) -> float:
     """Share of the learning rate that the backbone takes: 0 while frozen, then linear to 1 over `ramp` steps."""
     return 0.0 if step < frozen else schedule.linear(step + 1 - frozen, start=0.0, end=1.0, steps=ramp)
+
+
+def _part_weights(config: Config, step: int) -> dict[str, float]:
+    """Scheduled factors of the loss parts, beside the weights of their terms."""
+    losses, gram, factors = config.losses, config.gram, {}
+    if losses.local_weight_start is not None:
+        now = schedule.cosine(
+            step, start=losses.local_weight_start, end=losses.local_weight, steps=losses.local_weight_ramp
+        )
+        factors["dino_local"] = now / losses.local_weight
+    if gram.weight and gram.ramp:
+        factors["gram"] = schedule.cosine(step, start=0.0, end=1.0, steps=gram.ramp)
+    return factors
+
+
+def _refreshes_gram(gram: Gram, step: int) -> bool:
+    """Whether the EMA is copied into the Gram teacher after `step`: when step + 1 is a multiple of the cadence."""
+    done, every = step + 1, gram.refresh_every
+    if not every or done % every or done < gram.refresh_start:
+        return False
+    before = max(-(-gram.refresh_start // every), 1)  # the first multiple that counts
+    return gram.refreshes is None or done // every - before < gram.refreshes
 
 
 def step_settings(config: Config, here: Ranks) -> StepSettings:
@@ -365,7 +460,12 @@ def _say_start(
     console: Console, config: Config, source: Source, here: Ranks, folder: RunFolder, step: int | None
 ) -> None:
     run = config.run
-    start = "from scratch" if step is None else f"continuing at step {step}"
+    begun = (
+        "from scratch"
+        if config.start.run is None
+        else f"beginning with the {config.start.student} of {config.start.run}"
+    )
+    start = begun if step is None else f"continuing at step {step}"
     console.print(
         f"{config.recipe or 'run'}: {config.backbone.name}/{config.backbone.patch_size}, {len(source)} images, "
         f"batch {run.batch_size} on {here.world_size} x {here.device}, {run.precision}, {start}, into {folder.path}",
@@ -374,6 +474,8 @@ def _say_start(
     )
     for line in mixture_lines(source, run.steps * run.batch_size):
         console.print(line, highlight=False, soft_wrap=True)
+    if config.gram.weight:
+        console.print(f"Gram teacher: {_gram_words(config)}", highlight=False, soft_wrap=True)
     if len(source) < run.batch_size:
         console.print(
             f"note: {len(source)} images are fewer than a batch of {run.batch_size}, so a step sees some of them twice",
@@ -385,3 +487,12 @@ def _say_start(
             f"note: run.accumulate={run.accumulate}: Sinkhorn-Knopp and KoLeo see one micro-batch of {seen} images",
             highlight=False,
         )
+
+
+def _gram_words(config: Config) -> str:
+    gram, crops = config.gram, config.crops
+    name = "the live EMA" if gram.teacher == "ema" else gram.teacher
+    sides = sorted({each.gram_size or each.global_size for _, each in resolutions(crops)})
+    refreshed = f", refreshed every {gram.refresh_every} steps" if gram.refresh_every else ", frozen"
+    seen = " or ".join(map(str, sides))
+    return f"{name}, at {seen} px, weight {gram.weight:g}{'' if gram.teacher == 'ema' else refreshed}"

@@ -68,6 +68,64 @@ def pretrain(
         sys.exit(143)
 
 
+@app.command()
+def refine(
+    words: Words = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Show the effective config and stop.")] = False,
+) -> None:
+    """Gram anchoring: run=RUN out=RUN2 [teacher=auto|ema|WEIGHTS] [recipe=NAME] [data=PATH] [key.sub=value ...]."""
+    from .refinement import refine as run
+    from .stages import refinement
+
+    extra = {
+        "teacher": Option(str, default="auto", help="auto, ema, or WEIGHTS (a run, a checkpoint, a file, hf:, timm:)"),
+        "labelled": Option(
+            str, help="images with masks to score the checkpoints with, in place of the label-free score"
+        ),
+    }
+    _stage(run, refinement, "refine", words or [], extra, print_config)
+
+
+@app.command()
+def adapt(
+    words: Words = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Show the effective config and stop.")] = False,
+) -> None:
+    """High-resolution adaptation: run=RUN out=RUN2 [teacher=WEIGHTS] [recipe=NAME] [data=PATH] [key.sub=value ...]."""
+    from .refinement import adapt as run
+    from .stages import adaptation
+
+    extra = {"teacher": Option(str, help="WEIGHTS of the Gram teacher, or ema; default: the EMA teacher of run")}
+    _stage(run, adaptation, "adapt", words or [], extra, print_config)
+
+
+def _stage(run, stage, command: str, words: list[str], extra: dict[str, Option], print_config: bool) -> None:
+    from .config import to_yaml
+    from .refinement import stage_config
+
+    options = {
+        "run": Option(str, required=True, help="RUN to begin with, or one of its checkpoints"),
+        "out": Option(Path, required=not print_config, help="RUN2, a folder of its own"),
+        "recipe": Option(
+            str, help="NAME (see dinov3 recipes); default: the run's own settings, changed for this stage"
+        ),
+        "data": Option(str, help="folder, file list, tar shards or torchvision:NAME; default: the run's images"),
+        "config": Option(Path, help="YAML file with overrides"),
+    }
+    values, overrides = word_options.read(command, words, options | extra, rest=True)
+    data = [] if values["data"] is None else values["data"].split(",")
+    config = stage_config(
+        stage, values["run"], name=values["recipe"], data=data, overrides=overrides, patch=values["config"]
+    )
+    if print_config:
+        print(to_yaml(config), end="")
+        return
+    more = {name: values[name] for name in extra}
+    finished = run(values["run"], values["out"], config=config, console=Console(), **more)
+    if finished.reason == "signal":
+        sys.exit(143)
+
+
 def _config(words: list[str], command: str, *, need_out: bool):
     from .config import override
     from .data.sources import split_commas

@@ -105,6 +105,9 @@ class Crops:
     global_size: int = 256
     local_size: int = 112
     gram_size: int | None = None  # side of the Gram teacher's crop (geometry of the global crop); None: no such crop
+    # (global, local, Gram side (0: none), probability): one of them is drawn for each step; empty: always the sides
+    # above. With a mix, `global_size` is the side the backbone is evaluated at
+    mix: tuple[tuple[int, int, int, float], ...] = ()
     global_scale: tuple[float, float] = (0.32, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.32)
     horizontal_flip: float = 0.5
@@ -157,6 +160,36 @@ class Losses:
     teacher_temperature_warmup: int = 0  # steps
     sinkhorn_iterations: int = 3
     local_weight: float = 1.0  # weight of the local DINO term beside its 16/18 (0.5 in the paper's later stages)
+    local_weight_start: float | None = None  # cosine from here to `local_weight`; None: constant
+    local_weight_ramp: int = 0  # steps of that cosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gram:
+    """Gram anchoring: the student's patch similarities are held to a Gram teacher's (paper section 4.2, spec 3.6).
+
+    Its crops are the global crops' geometry at `crops.gram_size`, without colour distortion; where that is null it sees
+    the global crops as the student does.
+    """
+
+    weight: float = 0.0  # of the mean squared difference of similarities; 0: no Gram term, no Gram teacher
+    ramp: int = 0  # steps of a cosine from 0 to `weight`
+    teacher: str | None = None  # "ema": the live EMA teacher | RUN, one of its checkpoints or history files, FILE, ...
+    clip: str = "none"  # negative similarities count as zero: "none" | "both" sides | the "teacher"'s only
+    level: str = "image"  # similarities within an "image" | within the whole "batch"
+    crops: int | None = None  # the first so many global crops enter; None: all
+    refresh_every: int = 0  # steps between hard copies of the EMA teacher into the Gram teacher; 0: never
+    refresh_start: int = 0  # no copy before this many steps
+    refreshes: int | None = None  # at most so many copies; None: no limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Which run the weights come from; a stage has a folder and a step count of its own."""
+
+    run: str | None = None  # RUN or one of its checkpoints: student, EMA teacher and both heads; null: fresh weights
+    student: str = "student"  # what the student takes: the "student"'s own weights | those of the EMA "teacher"
+    optimizer: bool = False  # take AdamW's moments too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +212,8 @@ class Optimizer:
     lr: float = 1e-3
     lr_rule: str = "sqrt_wrt_1024"  # | "linear_wrt_256" | "none"
     lr_end: float | None = None  # None: constant after warm-up
-    warmup: int = 0  # steps, linear from 0
+    warmup: int = 0  # steps from 0 to `lr`
+    warmup_shape: str = "linear"  # | "cosine", as the paper's high-resolution adaptation
     cooldown: int = 0  # last steps, cosine to lr_end (None: to 0); 0: cosine over the whole run where lr_end is set
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.04
@@ -241,13 +275,16 @@ class Config:
     masking: Masking = field(default_factory=Masking)
     data: Data = field(default_factory=Data)
     losses: Losses = field(default_factory=Losses)
+    gram: Gram = field(default_factory=Gram)
+    start: Start = field(default_factory=Start)
     init: Init = field(default_factory=Init)
     optimizer: Optimizer = field(default_factory=Optimizer)
     run: Run = field(default_factory=Run)
     monitor: Monitor = field(default_factory=Monitor)
 
 
-SECTIONS = (Config, Backbone, ConvNeXtBackbone, Rope, Head, Crops, Masking, Data, Losses, Init, Optimizer, Run, Monitor)
+SECTIONS = (Config, Backbone, ConvNeXtBackbone, Rope, Head, Crops, Masking, Data, Losses)
+SECTIONS += (Gram, Start, Init, Optimizer, Run, Monitor)
 
 
 def leaves(config_type: type = Config, prefix: str = "") -> dict[str, type]:

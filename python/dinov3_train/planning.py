@@ -6,7 +6,7 @@ from rich.table import Table
 
 from .config import Config
 from .models.flops import backbone_parameters, head_parameters, training_flops
-from .validation import check_settings, memory
+from .validation import check_settings, counted_crops, memory
 
 PARTS = {
     "weights": "student, and its copies in the activation type",
@@ -44,7 +44,10 @@ def plan_table(config: Config, ranks: int) -> Table:
         table.add_row(f"memory: {part}", _gib(getattr(estimate, part)), note)
     table.add_row("memory: total", _gib(estimate.total), "estimate; leave 10 % for allocator and workspaces")
     table.add_section()
-    flops = training_flops(config.backbone, heads, config.crops, config.masking, images=images * run.accumulate)
+    flops: dict[str, float] = {}
+    for share, crops in counted_crops(config):
+        counted = training_flops(config.backbone, heads, crops, config.masking, images=images * run.accumulate)
+        flops = {part: flops.get(part, 0.0) + share * value for part, value in counted.items()}
     for part, value in flops.items():
         if value:
             note = "per step and GPU" + (", recomputation not included" if part == "total" else "")

@@ -18,22 +18,27 @@ def cosine(step: int, *, start: float, end: float, steps: int) -> float:
     return end if step >= steps else end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
-def warmup_constant(step: int, *, peak: float, warmup: int) -> float:
-    """Linear from 0 to `peak` over `warmup` steps, then constant: the schedule of DINOv3 pretraining."""
-    return linear(step, start=0.0, end=peak, steps=warmup)
+SHAPES = {"linear": linear, "cosine": cosine}  # of a warm-up
 
 
-def warmup_cosine(step: int, *, peak: float, end: float, warmup: int, steps: int) -> float:
-    """Linear from 0 to `peak` over `warmup` steps, then half a cosine to `end` at `steps`."""
+def warmup_constant(step: int, *, peak: float, warmup: int, shape: str = "linear") -> float:
+    """From 0 to `peak` over `warmup` steps, then constant: the schedule of DINOv3 pretraining."""
+    return SHAPES[shape](step, start=0.0, end=peak, steps=warmup)
+
+
+def warmup_cosine(step: int, *, peak: float, end: float, warmup: int, steps: int, shape: str = "linear") -> float:
+    """From 0 to `peak` over `warmup` steps, then half a cosine to `end` at `steps`."""
     if step < warmup:
-        return peak * step / warmup
+        return warmup_constant(step, peak=peak, warmup=warmup, shape=shape)
     return cosine(step - warmup, start=peak, end=end, steps=max(steps - warmup, 1))
 
 
-def warmup_cooldown(step: int, *, peak: float, end: float, warmup: int, cooldown: int, steps: int) -> float:
-    """Linear to `peak`, constant, then half a cosine to `end` over the last `cooldown` of `steps`."""
+def warmup_cooldown(
+    step: int, *, peak: float, end: float, warmup: int, cooldown: int, steps: int, shape: str = "linear"
+) -> float:
+    """From 0 to `peak` over `warmup`, constant, then half a cosine to `end` over the last `cooldown` of `steps`."""
     if step < steps - cooldown:
-        return warmup_constant(step, peak=peak, warmup=warmup)
+        return warmup_constant(step, peak=peak, warmup=warmup, shape=shape)
     return cosine(step - (steps - cooldown), start=peak, end=end, steps=cooldown)
 
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
-from .config import Backbone, Config, ConvNeXtBackbone, to_dict
+from dinov3_ext.ops.gram_loss import CLIPS
+
+from .config import Backbone, Config, ConvNeXtBackbone, Crops, to_dict
 from .data.batch import patch_grid
 from .data.mixture import check_mixing
+from .data.resolutions import resolutions
 from .models.architectures import side_multiple
 from .models.memory import TrainingMemory, training_memory
+from .schedule import SHAPES
+
+if TYPE_CHECKING:
+    from .weights import Resolved
 
 # what may differ between a run and its continuation without making it another run
 FREE_ON_RESUME = (
@@ -35,6 +44,9 @@ FREE_ON_RESUME = (
     "recipe",
 )
 
+# of a backbone or head, what does not decide about the shape or meaning of its weights
+FREE_OF_ARCHITECTURE = ("name", "layer_scale", "init_std", "prototype_std", "drop_path")
+
 
 def check(config: Config, world_size: int = 1) -> None:
     """Errors: ValueError for settings that cannot work together or name no data, before any work."""
@@ -48,7 +60,7 @@ def check(config: Config, world_size: int = 1) -> None:
 
 def check_settings(config: Config, world_size: int) -> None:
     """Errors: ValueError for settings that cannot work together on so many ranks."""
-    run, crops, losses = config.run, config.crops, config.losses
+    run, crops, losses, gram = config.run, config.crops, config.losses, config.gram
     _check_sides(config)
     parts = world_size * run.accumulate
     if run.batch_size < 1 or run.accumulate < 1 or run.batch_size % parts:
@@ -76,6 +88,10 @@ def check_settings(config: Config, world_size: int) -> None:
         "run.checkpointing": (run.checkpointing, ("none", "selective", "full")),
         "crops.blur": (crops.blur, ("paper", "released", "none")),
         "init.architecture": (config.init.architecture, ("recipe", "weights")),
+        "optimizer.warmup_shape": (config.optimizer.warmup_shape, tuple(SHAPES)),
+        "gram.clip": (gram.clip, CLIPS),
+        "gram.level": (gram.level, ("image", "batch")),
+        "start.student": (config.start.student, ("student", "teacher")),
     }
     if isinstance(config.backbone, Backbone):
         allowed["backbone.rope.draw"] = (config.backbone.rope.draw, ("sequence", "block"))
@@ -96,6 +112,7 @@ def check_settings(config: Config, world_size: int) -> None:
         raise ValueError(
             f"monitor.images: expected at least 2, got {config.monitor.images} (monitor.every=0: no monitor)"
         )
+    _check_gram(config)
     if not 0.0 <= config.backbone.drop_path < 1.0:
         raise ValueError(f"backbone.drop_path: expected a rate in [0, 1), got {config.backbone.drop_path}")
     if len(config.data.labelled) not in (0, 2):
@@ -103,22 +120,117 @@ def check_settings(config: Config, world_size: int) -> None:
 
 
 def _check_sides(config: Config) -> None:
+    """Errors: ValueError for crop sides that do not divide, a Gram crop below its global crop, shares that are none."""
     crops, backbone = config.crops, config.backbone
-    sides = [("crops.global_size", crops.global_size)]
-    sides += [("crops.local_size", crops.local_size)] if crops.locals else []
-    for key, side in sides:
-        patch_grid(side, backbone.patch_size, key)
-        multiple = side_multiple(backbone)
-        if side % multiple:
+    _check_side("crops.global_size", crops.global_size, backbone)
+    for number, (_, each) in enumerate(resolutions(crops)):
+        prefix = f"crops.mix[{number}] " if crops.mix else "crops."
+        _check_side(f"{prefix}global_size", each.global_size, backbone)
+        if crops.locals:
+            _check_side(f"{prefix}local_size", each.local_size, backbone)
+        if each.gram_size is None:
+            continue
+        _check_side(f"{prefix}gram_size", each.gram_size, backbone)
+        if each.gram_size < each.global_size:
             raise ValueError(
-                f"{key}: {backbone.name} needs a multiple of its stride of {multiple} pixels "
-                f"(nearest: {max(side // multiple, 1) * multiple} or {-(-side // multiple) * multiple}), got {side}"
+                f"{prefix}gram_size: the Gram teacher's crop expects at least the global crop's side "
+                f"{each.global_size}, got {each.gram_size}"
             )
+        if not config.gram.weight:
+            raise ValueError(
+                f"{prefix}gram_size: {each.gram_size} is set, but there is no Gram term (gram.weight=0); "
+                "set gram.weight, or leave the Gram crop out"
+            )
+    shares = [share for *_, share in crops.mix]
+    if shares and (min(shares) < 0 or abs(sum(shares) - 1.0) > 1e-6):
+        raise ValueError(f"crops.mix: expected probabilities of at least 0 that sum to 1, got {shares}")
     if isinstance(backbone, ConvNeXtBackbone) and config.masking.hide:
         raise ValueError(
             f"masking.hide: expected false for {backbone.name}, as a ConvNeXt has no mask token; "
             "the iBOT term is then taken at visible places"
         )
+
+
+def _check_side(key: str, side: int, backbone: Backbone | ConvNeXtBackbone) -> None:
+    patch_grid(side, backbone.patch_size, key)
+    multiple = side_multiple(backbone)
+    if side % multiple:
+        raise ValueError(
+            f"{key}: {backbone.name} needs a multiple of its stride of {multiple} pixels "
+            f"(nearest: {max(side // multiple, 1) * multiple} or {-(-side // multiple) * multiple}), got {side}"
+        )
+
+
+def _check_gram(config: Config) -> None:
+    gram, losses = config.gram, config.losses
+    whole = {
+        "gram.ramp": gram.ramp,
+        "gram.refresh_every": gram.refresh_every,
+        "gram.refresh_start": gram.refresh_start,
+        "gram.refreshes": gram.refreshes or 0,
+        "losses.local_weight_ramp": losses.local_weight_ramp,
+    }
+    for key, value in {"gram.weight": gram.weight, **whole}.items():
+        if value < 0:
+            raise ValueError(f"{key}: expected at least 0, got {value:g}")
+    if gram.crops is not None and not 1 <= gram.crops <= config.crops.globals:
+        raise ValueError(f"gram.crops: expected 1 to {config.crops.globals} global crops, got {gram.crops}")
+    if gram.refresh_every and gram.teacher == "ema":
+        raise ValueError(
+            f"gram.refresh_every: the live EMA needs no refreshing, expected 0 with gram.teacher=ema, "
+            f"got {gram.refresh_every}"
+        )
+    if losses.local_weight_start is not None and (losses.local_weight <= 0 or losses.local_weight_start < 0):
+        raise ValueError(
+            "losses.local_weight_start: expected at least 0 and losses.local_weight above 0, "
+            f"got {losses.local_weight_start:g} and {losses.local_weight:g}"
+        )
+
+
+def check_gram_teacher(config: Config, found: Resolved) -> None:
+    """Errors: ValueError when the weights that `gram.teacher` named cannot serve this run."""
+    gram, patch = config.gram, config.backbone.patch_size
+    if found.backbone.patch_size != patch:
+        raise ValueError(
+            f"gram.teacher: {found.origin} has patch size {found.backbone.patch_size}, expected the student's {patch}"
+        )
+    same = found.mean == config.crops.mean and found.std == config.crops.std
+    changed = _other_architecture(found.architecture, config.backbone, "backbone")
+    if gram.refresh_every and (changed or not same):
+        what = "; ".join(changed[:3]) or "another normalisation"
+        raise ValueError(
+            f"gram.refresh_every: {found.origin} is no earlier state of this model ({what}), so the EMA cannot be "
+            f"copied into it; expected 0, got {gram.refresh_every}"
+        )
+
+
+def check_same_architecture(config: Config, earlier: Config, where: str) -> None:
+    """Errors: ValueError naming what keeps this run from taking the weights of the run in `where`."""
+    changed = [
+        line
+        for name in ("backbone", "dino_head", "ibot_head")
+        for line in _other_architecture(getattr(earlier, name), getattr(config, name), name)
+    ]
+    if changed:
+        raise ValueError(
+            f"start.run: {where} has another architecture ({'; '.join(changed[:4])}{'; ...' if changed[4:] else ''}); "
+            "leave recipe= out to take the run's own"
+        )
+
+
+def _other_architecture(there: object, asked: object, name: str) -> list[str]:
+    """Every difference between two sections that decides about the shape or meaning of weights."""
+    if type(there) is not type(asked):
+        return [f"{name}: {type(there).__name__} there, {type(asked).__name__} asked"]
+    changed = []
+    for entry in dataclasses.fields(there):
+        old, new = getattr(there, entry.name), getattr(asked, entry.name)
+        if entry.name == "rope":
+            old, new = old.base, new.base
+        if old != new and entry.name not in FREE_OF_ARCHITECTURE:
+            key = f"{name}.rope.base" if entry.name == "rope" else f"{name}.{entry.name}"
+            changed.append(f"{key}: {old!r} there, {new!r} asked")
+    return changed
 
 
 def check_memory(config: Config, device: torch.device, world_size: int) -> None:
@@ -136,16 +248,33 @@ def check_memory(config: Config, device: torch.device, world_size: int) -> None:
 
 
 def memory(config: Config, world_size: int = 1) -> TrainingMemory:
-    """The memory estimate of one rank; see `models.memory`."""
-    return training_memory(
-        config.backbone,
-        (config.dino_head, config.ibot_head),
-        config.crops,
-        images=config.run.batch_size // (world_size * config.run.accumulate),
-        checkpointing=config.run.checkpointing,
-        activation_bytes=2 if config.run.precision == "bf16" else 4,
-        masking=config.masking,
-    )
+    """The memory estimate of one rank in the largest of its resolutions; see `models.memory`."""
+    estimates = [
+        training_memory(
+            config.backbone,
+            (config.dino_head, config.ibot_head),
+            crops,
+            images=config.run.batch_size // (world_size * config.run.accumulate),
+            checkpointing=config.run.checkpointing,
+            activation_bytes=2 if config.run.precision == "bf16" else 4,
+            masking=config.masking,
+        )
+        for _, crops in counted_crops(config)
+    ]
+    return max(estimates, key=lambda estimate: estimate.total)
+
+
+def counted_crops(config: Config) -> list[tuple[float, Crops]]:
+    """(share of the steps, crop sides) of each resolution; the Gram side is what a Gram teacher sees, None without."""
+    return [
+        (
+            share,
+            dataclasses.replace(
+                crops, gram_size=(crops.gram_size or crops.global_size) if config.gram.weight else None
+            ),
+        )
+        for share, crops in resolutions(config.crops)
+    ]
 
 
 def check_same_run(config: Config, earlier: Config, where: str) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from tiny_training import BACKBONE, VALUES, batch, gradients, settings, state
 
-from dinov3_train.losses import LossPart
+from dinov3_train.losses import GramLoss, LossPart
+from dinov3_train.models.vit import VisionTransformer
 from dinov3_train.train.distributed import Ranks, any_rank, barrier, ranks, replicated
+from dinov3_train.train.gram import GramTeacher
 from dinov3_train.train.step import train_step
 
 
@@ -29,6 +31,7 @@ class Case:
     local_crops: int = 3
     nan_rank: int | None = None
     nan_in_gradient: bool = False
+    gram_level: str | None = None  # of a Gram term against a teacher of its own
 
 
 CASES = {
@@ -40,6 +43,8 @@ CASES = {
     "nothing masked": Case(masked=()),
     "accumulation": Case(images=16, accumulate=2, masked=(0, 3, 5, 9, 10, 11)),
     "global crops only": Case(local_crops=0),
+    "Gram term per image": Case(gram_level="image"),
+    "Gram term over the batch": Case(gram_level="batch"),
 }
 BROKEN = {
     "nan loss": Case(nan_rank=1),
@@ -57,6 +62,11 @@ def run(case: Case, here: Ranks) -> dict:
     )
     found = state(backbone, shared=lambda student: replicated(student, here.world_size))
 
+    terms = ()
+    if case.gram_level is not None:
+        terms = (GramLoss(weight=2.0, level=case.gram_level),)
+        found.gram_teacher = gram_teacher()
+
     def broken(outputs, targets, record, collectives):
         if here.rank != case.nan_rank:
             return []
@@ -68,9 +78,11 @@ def run(case: Case, here: Ranks) -> dict:
         found,
         [shares(case, here, part) for part in range(case.accumulate)],
         VALUES,
-        settings(batch_size=case.images, koleo_group=case.koleo_group, collectives=here.collectives, terms=(broken,)),
+        settings(
+            batch_size=case.images, koleo_group=case.koleo_group, collectives=here.collectives, terms=(*terms, broken)
+        ),
     )
-    names = ("loss", "dino_global", "dino_local", "ibot", "koleo")
+    names = ("loss", "dino_global", "dino_local", "ibot", "koleo", "gram")
     losses = {name: report.losses[name] for name in names if name in report.losses}
     after = found.student.state_dict()
     return {
@@ -82,6 +94,14 @@ def run(case: Case, here: Ranks) -> dict:
         "skipped": found.skipped,
         "moved": any(not torch.equal(before[name], after[name]) for name in before),
     }
+
+
+def gram_teacher() -> GramTeacher:
+    """The teacher of another seed, frozen, on the global crops."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        backbone = VisionTransformer(BACKBONE).eval().requires_grad_(False)
+    return GramTeacher(backbone, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def shares(case: Case, here: Ranks, part: int):

@@ -18,6 +18,7 @@ from .augmentation import MultiCrop
 from .batch import CropBatch, Views, collate, patch_grid
 from .decode import UnreadableImage, decode
 from .masking import block_masks, step_counts
+from .resolutions import resolution, resolutions
 from .sampler import BatchPlan, Sampler
 from .sources import Source
 
@@ -42,15 +43,17 @@ def make_loader(
     workers: processes that decode, 0 for none; mask_grid: patches along a side of the masks, where it is not the global
     crop's own. Errors: sides that do not divide, a plan that does not divide.
     """
-    grid = patch_grid(crops.global_size, patch_size, "crops.global_size")
-    if crops.locals:
-        patch_grid(crops.local_size, patch_size, "crops.local_size")
-    if crops.gram_size is not None:
-        patch_grid(crops.gram_size, patch_size, "crops.gram_size")
-    grid = grid if mask_grid is None else mask_grid
+    sizes = []
+    for _, each in resolutions(crops):
+        grid = patch_grid(each.global_size, patch_size, "crops.global_size")
+        if each.locals:
+            patch_grid(each.local_size, patch_size, "crops.local_size")
+        if each.gram_size is not None:
+            patch_grid(each.gram_size, patch_size, "crops.gram_size")
+        sizes.append(_Sizes(MultiCrop(each), grid if mask_grid is None else mask_grid))
     if workers < 0:
         raise ValueError(f"make_loader: workers must be at least 0, got {workers}")
-    batches = _Batches(source, MultiCrop(crops), masking, batch, grid, source.sampler(batch.seed, batch.batch_size))
+    batches = _Batches(source, crops, tuple(sizes), masking, batch, source.sampler(batch.seed, batch.batch_size))
     micro_batches = range(start_step * batch.accumulate, steps * batch.accumulate)
     return CropLoader(batches, micro_batches, workers)
 
@@ -98,51 +101,60 @@ class CropLoader:
 
 
 @dataclass(frozen=True)
+class _Sizes:
+    """The crops of one resolution, and the patches along a side of its global crops."""
+
+    multi_crop: MultiCrop
+    grid: int
+
+
+@dataclass(frozen=True)
 class _Batches(Dataset):
-    """Micro-batch n of this rank, as a pure function of n."""
+    """Micro-batch n of this rank, as a pure function of n; every worker makes crops of every resolution."""
 
     source: Source
-    multi_crop: MultiCrop
+    crops: Crops
+    sizes: tuple[_Sizes, ...]
     masking: Masking
     plan: BatchPlan
-    grid: int
     sampler: Sampler
 
     def __getitem__(self, number: int) -> CropBatch:
         step, micro_batch = divmod(number, self.plan.accumulate)
         indices = self.plan.indices(step, micro_batch)  # (B,)
+        sizes = self.sizes[resolution(self.crops, seed=self.plan.seed, step=step)]
         views, names, skipped = [], [], []
         for index in indices:
-            view, name = self._view(int(index), skipped)
+            view, name = self._view(int(index), sizes.multi_crop, skipped)
             views.append(view)
             names.append(name)
-        masks = self._masks(step, micro_batch, indices)
+        masks = self._masks(step, micro_batch, indices, sizes.grid)
         return collate(views, masks, indices=indices, names=names, skipped=skipped)
 
-    def _view(self, index: int, skipped: list[str]) -> tuple[Views, str]:
+    def _view(self, index: int, multi_crop: MultiCrop, skipped: list[str]) -> tuple[Views, str]:
         """Crops of sample `index` and its image's name; the next in the order stands in for an unreadable image."""
         attempts = min(self.sampler.candidates(index), UNREADABLE_IN_A_ROW)
         for skip in range(attempts):
             number = self.sampler.image(index, skip=skip)
             name = self.source.name(number)
             try:
-                image = decode(self.source.read(number), name, reduction=self.multi_crop.reduction)
+                image = decode(self.source.read(number), name, reduction=multi_crop.reduction)
             except (UnreadableImage, OSError) as error:
                 skipped.append(str(error) if isinstance(error, UnreadableImage) else f"{name}: {error}")
                 continue
-            return self.multi_crop(image, counter.image_seed(self.plan.seed, "crops", index)), name
+            return multi_crop(image, counter.image_seed(self.plan.seed, "crops", index)), name
         listed = "\n  ".join(skipped[-attempts:][:10])
         raise ValueError(f"data: {attempts} images in a row are unreadable, the first:\n  {listed}")
 
-    def _masks(self, step: int, micro_batch: int, indices: np.ndarray) -> np.ndarray:
-        """Masks of this rank's crops: bool (G, B, N)."""
-        copies, plan = self.multi_crop.crops.globals, self.plan
-        patches = self.grid * self.grid
+    def _masks(self, step: int, micro_batch: int, indices: np.ndarray, grid: int) -> np.ndarray:
+        """Masks of this rank's crops: bool (G, B, N), N = grid^2."""
+        copies, plan = self.crops.globals, self.plan
+        patches = grid * grid
         counts = step_counts(plan.seed, step, crops=copies * plan.batch_size, patches=patches, masking=self.masking)
         first = plan.first(micro_batch)
         counts = counts.reshape(copies, plan.batch_size)[:, first : first + plan.images]  # (G, B)
         crops = indices[None, :] * copies + np.arange(copies)[:, None]  # (G, B)
-        masks = block_masks(counts.ravel(), (self.grid, self.grid), seed=plan.seed, crops=crops.ravel())
+        masks = block_masks(counts.ravel(), (grid, grid), seed=plan.seed, crops=crops.ravel())
         return masks.reshape(copies, len(indices), patches)
 
 

@@ -34,6 +34,7 @@ class Targets:
     ibot_logits: Tensor  # (M, K)
     ibot_potentials: Potentials  # rows (M,), columns (K,)
     temperature: float  # of the teacher's logits
+    gram_patches: Tensor | None = None  # (G', B, N, D') the Gram teacher's patches on the student's grid, G' <= G
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,8 @@ def training_memory(
     tokens = sum(group[0] * tokens_of(backbone, group)[1] for group in (wide, local))
     masked = masked_patches(masking or Masking(), wide[0], tokens_of(backbone, wide)[0])
     rows = ((wide[0] + local[0], wide[0]), (masked, masked))  # student's and teacher's rows of each head
-    pixels = sum(3 * group[0] * group[1] ** 2 for group in (wide, local))
+    gram = (wide[0], crops.gram_size or 0)
+    pixels = sum(3 * group[0] * group[1] ** 2 for group in (wide, local, gram))
     return TrainingMemory(
         weights=FP32 * parameters + copies,
         teachers=FP32 * frozen,

@@ -41,5 +41,5 @@ def vit_large_in1k() -> Config:
             momentum_end=1.0,
             freeze_prototypes=1250,
         ),
-        run=Run(steps=125_000, batch_size=2048, checkpoint_every=3750, checkpointing="selective"),
+        run=Run(steps=125_000, batch_size=2048, checkpoint_every=3750, checkpointing="selective", history_every=6250),
     )

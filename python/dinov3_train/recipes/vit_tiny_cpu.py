@@ -41,5 +41,5 @@ def vit_tiny_cpu() -> Config:
             momentum=0.98,
             momentum_end=0.997,
         ),
-        run=Run(steps=5600, batch_size=32, checkpoint_every=200, keep=20),
+        run=Run(steps=5600, batch_size=32, checkpoint_every=200, keep=20, history_every=400),
     )

@@ -106,6 +106,26 @@ def load_teacher(path: Path, networks: torch.nn.Module) -> None:
     _read(entries, path)
 
 
+def load_start(path: Path, state: TrainState, *, student: str, optimizer: bool) -> None:
+    """Begin a stage with another run's checkpoint: student, EMA teacher and heads; step and counters stay at 0.
+
+    Args:
+        path: the checkpoint.
+        state: filled in place.
+        student: "student", or "teacher" where the student begins as the EMA teacher.
+        optimizer: fill AdamW's moments too.
+
+    Errors: ValueError when the checkpoint holds other tensors than the state (another architecture, other losses).
+    """
+    entries = {name: value for name, value in _entries(state).items() if name in ("student", "teacher", "optimizer")}
+    wanted = {"teacher"} | ({"student"} if student == "student" else set()) | ({"optimizer"} if optimizer else set())
+    entries = {name: value for name, value in entries.items() if name in wanted}
+    _check_same_tensors(entries, path, complete=False)
+    _read(entries, path)
+    if student == "teacher":
+        state.student.load_state_dict(state.teacher.state_dict())
+
+
 def checkpoint_config(path: Path) -> str:
     """The effective config, YAML, that a checkpoint was written with."""
     entries = {"config": ""}
@@ -116,7 +136,7 @@ def checkpoint_config(path: Path) -> str:
 def save_history(folder: Path, state: TrainState) -> Path:
     """Keep the teacher backbone of this step, for choosing a Gram teacher later."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step_{state.step:08d}.safetensors"
+    target = history_file(folder, state.step)
     partial = target.with_suffix(".partial")
     save_file(
         {k: v.contiguous() for k, v in state.teacher.backbone.state_dict().items()}, partial, {"step": str(state.step)}
@@ -125,12 +145,19 @@ def save_history(folder: Path, state: TrainState) -> Path:
     return target
 
 
+def history_file(folder: Path, step: int) -> Path:
+    """Where the thin history in `folder` keeps the teacher backbone of a step."""
+    return folder / f"step_{step:08d}.safetensors"
+
+
 def _entries(state: TrainState) -> dict:
     """The state as nested dictionaries; optimiser moments under parameter names, so that groups may change."""
     moments = {}
     for name, parameter in state.student.named_parameters():
         if parameter in state.optimizer.state:
             moments[name] = state.optimizer.state[parameter]
+    gram = state.gram_teacher
+    own = gram is not None and gram.backbone is not state.teacher.backbone  # the live EMA is there already
     return {
         "student": state.student.state_dict(),
         "teacher": state.teacher.state_dict(),
@@ -138,7 +165,7 @@ def _entries(state: TrainState) -> dict:
         "step": state.step,
         "skipped": state.skipped,
         "images": state.images,
-    }
+    } | ({"gram_teacher": gram.backbone.state_dict()} if own else {})
 
 
 def _random_state() -> dict:

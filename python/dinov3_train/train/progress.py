@@ -45,7 +45,7 @@ class ProgressLine:
 
     def values(self, step: int, values: dict[str, float], label: str = "") -> None:
         """Show the numbers logged at `step`; `label` says whose, where several are trained."""
-        names = [name for name in ("loss", "dino_global", "dino_local", "ibot", "koleo") if name in values]
+        names = [name for name in ("loss", "dino_global", "dino_local", "ibot", "koleo", "gram") if name in values]
         losses = "  ".join(f"{name} {values[name]:.3f}" for name in names)
         speed = f"{label}  " * bool(label) + f"{values['images_per_second']:.1f} images/s"
         text = f"{speed}  {losses}  lr {values['learning_rate']:.2e}{_epochs(values)}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from .checkpoint import Checkpoints, saved_steps
+from .checkpoint import Checkpoints, history_file, saved_steps
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,13 @@ class RunFolder:
     def health(self) -> Path:
         return self.path / "health"
 
+    def history_file(self, step: int) -> Path:
+        return history_file(self.history, step)
+
+    def history_steps(self) -> list[int]:
+        """Steps of the thin history, ascending."""
+        return sorted(int(path.stem.removeprefix("step_")) for path in self.history.glob("step_*.safetensors"))
+
     def checkpoints(self, keep: int = 3, group: dist.ProcessGroup | None = None) -> Checkpoints:
         return Checkpoints(self.path / "checkpoints", keep, group)
 
@@ -45,7 +52,8 @@ class RunFolder:
         """Errors: ValueError when the folder holds something that is not a run, before anything is written."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out: expected a folder, got the file {self.path}")
-        if self.path.is_dir() and any(self.path.iterdir()) and not self.config.exists():
+        others = self.path.is_dir() and any(not entry.name.startswith("gram_teacher.") for entry in self.path.iterdir())
+        if others and not self.config.exists():
             raise ValueError(
                 f"out: {self.path} is not empty and holds no config.yaml, so it is not a run; "
                 "expected a new or empty folder"

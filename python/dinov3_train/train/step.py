@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from dinov3_ext import Collectives
 from ..data.batch import CropBatch, normalize, resized
 from ..losses import Targets, Term
 from ..models.draws import training_draws
+from .gram import GramTeacher
 from .networks import MODULES, Networks, update_teacher
 from .optimizer import set_rates
 
@@ -29,6 +30,8 @@ class StepValues:
     weight_decay: float
     momentum: float
     teacher_temperature: float
+    weights: Mapping[str, float] = field(default_factory=dict)  # scheduled factors of loss parts, by name; else 1
+    refresh_gram: bool = False  # copy the EMA into the Gram teacher after this step
 
 
 class TargetSource(Protocol):
@@ -68,6 +71,7 @@ class TrainState:
     step: int = 0
     skipped: int = 0  # non-finite steps in a row
     images: int = field(default=0)  # seen by this run, all ranks
+    gram_teacher: GramTeacher | None = None  # of refinement and adaptation
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class StepReport:
 def train_step(
     state: TrainState, batches: Sequence[CropBatch], values: StepValues, settings: StepSettings
 ) -> StepReport:
-    """Teacher targets, student outputs, losses, gradients, AdamW, EMA.
+    """Teacher targets, student outputs, losses, gradients, AdamW, EMA; the Gram teacher where there is one.
 
     Args:
         state: changed in place; left as it was (but for its counters) when a loss or gradient is not finite.
@@ -122,11 +126,14 @@ def train_step(
                     iterations=settings.sinkhorn_iterations,
                     collectives=settings.collectives,
                 )
+                if state.gram_teacher is not None:
+                    patches = state.gram_teacher.patches(batch, state.student.backbone.patch_size)
+                    targets = replace(targets, gram_patches=patches)
                 outputs = state.replicated(batch, seen, local_crops, draws)
                 parts = [
                     part for term in settings.terms for part in term(outputs, targets, batch, settings.collectives)
                 ]
-            loss = sum(part.weight * part.value for part in parts)
+            loss = sum(values.weights.get(part.name, 1.0) * part.weight * part.value for part in parts)
             (loss / len(batches)).backward()
         for name, value in [("loss", loss), *((part.name, part.value) for part in parts)]:
             losses[name] = losses.get(name, 0.0) + value.detach().float() / len(batches)
@@ -144,6 +151,8 @@ def train_step(
         )
         state.optimizer.step()
         update_teacher(state.teacher, state.student, momentum=values.momentum)
+    if values.refresh_gram and state.gram_teacher is not None:
+        state.gram_teacher.refresh(state.teacher.backbone)
     state.step += 1
     state.images += settings.batch_size
     state.skipped = 0 if finite else state.skipped + 1

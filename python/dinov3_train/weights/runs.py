@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..build import networks, run_config
+from ..build import networks, run_config, start_checkpoint
 from ..config import Config, from_yaml
 from ..train.checkpoint import STEP_FOLDER, checkpoint_config, load_teacher, saved_steps
 from ..train.run_folder import RunFolder
@@ -42,6 +42,9 @@ def from_run(path: Path, step: int | None) -> Resolved:
     if step == 0:
         if config.init.weights is not None:
             raise ValueError(f"{path}: it started from {config.init.weights}; name those weights instead of step=0")
+        if config.start.run is not None:
+            start = start_checkpoint(config)
+            return replace(_from_checkpoint(config, start, f"{path}, begun with {start}"), licence=licences.OWN)
         return replace(_from_checkpoint(config, None, f"{path}, untrained"), licence=licences.OWN)
     if step is not None and step not in saved:
         raise ValueError(

@@ -1,0 +1,275 @@
+"""`dinov3 refine` and `dinov3 adapt` as whole commands: where they begin, resumes to the bit, ranks, wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinov3_train.build import load, networks, run_config
+from dinov3_train.train.checkpoint import load_teacher
+from dinov3_train.weights import resolve
+
+REFINE = ("run.steps=12", "run.checkpoint_every=3", "gram.refresh_every=4", "gram.refreshes=2", "gram.ramp=3")
+ADAPT = ("run.steps=10", "run.checkpoint_every=3", "crops.mix=[[32,16,48,0.5],[48,24,64,0.5]]", "crops.gram_size=64")
+
+
+@pytest.fixture(scope="module")
+def pretrained(start_dinov3, recipe_file, image_folder, tmp_path_factory) -> Path:
+    """Ten steps with a thin history at 4 and 8, fp32 so that ranks can be compared."""
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    finish(
+        start_dinov3,
+        "pretrain",
+        f"recipe={recipe_file}",
+        f"data={image_folder}",
+        f"out={out}",
+        "run.steps=10",
+        "run.history_every=4",
+        "run.precision=fp32",
+        "optimizer.clip=null",
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def refined(start_dinov3, pretrained, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("refined") / "run"
+    finish(start_dinov3, "refine", f"run={pretrained}", f"out={out}", *REFINE)
+    return out
+
+
+@pytest.fixture(scope="module")
+def adapted(start_dinov3, refined, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("adapted") / "run"
+    finish(start_dinov3, "adapt", f"run={refined}", f"out={out}", *ADAPT)
+    return out
+
+
+def finish(start_dinov3, *words: object) -> str:
+    process = start_dinov3(*words)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    return text
+
+
+def same_weights(one, other) -> bool:
+    """Of the newest checkpoints: student, EMA teacher, heads, moments and Gram teacher."""
+    import torch.distributed.checkpoint as dcp
+
+    found = []
+    for run in (one, other):
+        path = sorted((Path(run) / "checkpoints").iterdir())[-1]
+        reader = dcp.FileSystemReader(path)
+        entries = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in reader.read_metadata().state_dict_metadata.items()
+            if hasattr(entry, "size") and not name.startswith("random")
+        }
+        dcp.load(entries, checkpoint_id=path, no_dist=True)
+        found.append(entries)
+    first, second = found
+    assert any(name.startswith("gram_teacher.") for name in first)
+    assert any(name.startswith("optimizer.") for name in first)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_choice_is_explained_in_the_run_folder(refined, pretrained):
+    record = json.loads((refined / "gram_teacher.json").read_text())
+    assert [score["step"] for score in record["scores"]] == [0, 4, 5, 8, 10]  # untrained, history and checkpoints
+    assert record["teacher"] == run_config(refined).gram.teacher
+    assert record["teacher"].startswith(str(pretrained))
+    assert record["reason"].startswith(f"step {record['step']} scores")
+    assert any("no degradation" in warning for warning in record["warnings"])  # ten steps degrade nothing
+    assert (refined / "gram_teacher.png").stat().st_size > 10_000
+
+
+def test_it_begins_with_student_ema_heads_and_moments_in_a_folder_and_with_steps_of_its_own(
+    start_dinov3, pretrained, tmp_path
+):
+    """At rate 0 nothing moves: what is saved after one step is what the pretraining had."""
+    out = tmp_path / "run"
+    words = ("optimizer.lr=0", "run.steps=1", "optimizer.momentum=1.0", "optimizer.weight_decay=0")
+    text = finish(start_dinov3, "refine", f"run={pretrained}", f"out={out}", "teacher=ema", *words)
+    assert "beginning with the student of" in text
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000001"]
+    config = run_config(out)
+    assert config.start.run == str(pretrained / "checkpoints" / "step_00000010")
+    assert config.run.seed != run_config(pretrained).run.seed
+    before, after = networks(config), networks(config)
+    load_teacher(pretrained / "checkpoints" / "step_00000010", before)
+    load_teacher(out / "checkpoints" / "step_00000001", after)
+    for name, weight in before.state_dict().items():
+        assert torch.equal(weight, after.state_dict()[name]), name
+
+
+def test_step_0_of_a_refinement_is_what_it_began_with(refined, pretrained):
+    began, whole = load(refined, step=0).state_dict(), load(pretrained).state_dict()
+    assert all(torch.equal(began[name], whole[name]) for name in whole)
+
+
+def test_history_can_be_resolved_by_step_and_by_file(pretrained):
+    by_step = resolve(pretrained, step=4)
+    by_file = resolve(pretrained / "history" / "step_00000004.safetensors")
+    assert by_step.heads is by_file.heads is None
+    weights, newest = by_step.backbone.state_dict(), load(pretrained).state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in by_file.backbone.state_dict().items())
+    assert any(not torch.equal(weights[name], newest[name]) for name in newest)
+
+
+@pytest.mark.parametrize("stage", ["refine", "adapt"])
+def test_killed_and_continued_ends_with_the_same_bits(stage, start_dinov3, request, tmp_path):
+    whole = request.getfixturevalue({"refine": "refined", "adapt": "adapted"}[stage])
+    run = request.getfixturevalue({"refine": "pretrained", "adapt": "refined"}[stage])
+    out, generator = tmp_path / "run", random.Random(stage)
+    words = (stage, f"run={run}", f"out={out}", *{"refine": REFINE, "adapt": ADAPT}[stage])
+    for _ in range(2):
+        process = start_dinov3(*words)
+        _wait_for(lambda: (out / "config.yaml").exists(), process)
+        time.sleep(generator.uniform(0.0, 1.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finish(start_dinov3, *words)
+    assert same_weights(whole, out)
+
+
+def _wait_for(condition, process, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline, "training did not begin"
+        time.sleep(0.02)
+
+
+def test_a_resume_keeps_its_start_and_teacher_though_the_pretraining_went_on(
+    start_dinov3, recipe_file, image_folder, pretrained, refined, tmp_path
+):
+    import shutil
+
+    run, out = tmp_path / "pretrained", tmp_path / "run"
+    shutil.copytree(pretrained, run)
+    half = [word for word in REFINE if not word.startswith("run.steps")]
+    finish(start_dinov3, "refine", f"run={run}", f"out={out}", *half, "run.steps=6")
+    began = run_config(out)
+    words = ("run.steps=11", "run.history_every=4", "run.precision=fp32", "optimizer.clip=null", f"data={image_folder}")
+    finish(start_dinov3, "pretrain", f"recipe={recipe_file}", f"out={run}", *words)
+    text = finish(start_dinov3, "refine", f"run={run}", f"out={out}", *REFINE)
+    assert "continuing at step 6" in text
+    assert (run_config(out).start.run, run_config(out).gram.teacher) == (began.start.run, began.gram.teacher)
+    assert same_weights(refined, out)
+
+
+def test_two_ranks_are_one(pretrained, refined, tmp_path):
+    out = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, "-m", "dinov3_train.cli", "refine", f"run={pretrained}", f"out={out}", *REFINE]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert run_config(out) == run_config(refined)  # the same Gram teacher chosen
+    one, two = load(refined).state_dict(), load(out).state_dict()
+    for name, weight in one.items():
+        # as in test_torchrun.py: sums over ranks in another order, AdamW's square root near 0, rate 6e-4
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture
+def mistake(dinov3, pretrained, tmp_path):
+    """A command that must fail with one line and leave no run behind; gives the line."""
+
+    def run(command: str, *words: str, begin=pretrained) -> str:
+        status, text, error = dinov3(command, f"run={begin}", f"out={tmp_path / 'out'}", *words)
+        assert status == 2, text + error
+        assert error.startswith("dinov3: error: "), error
+        assert error.count("\n") == 1, error
+        assert not (tmp_path / "out" / "config.yaml").exists()
+        return error
+
+    return run
+
+
+REFINE_MISTAKES = {
+    "crops.gram_size=24": ("gram_size", "at least the global crop's side 32", "got 24"),
+    "crops.gram_size=60": ("gram_size", "multiple of the patch size 8", "got 60"),
+    "gram.clip=some": ("gram.clip", "none, both, teacher", "'some'"),
+    "gram.level=pixel": ("gram.level", "image, batch"),
+    "gram.weight=-1": ("gram.weight", "at least 0"),
+    "gram.weight=0": ("gram_size", "no Gram term"),
+    "gram.crops=3": ("gram.crops", "1 to 2", "got 3"),
+    "dino_head.prototypes=64": ("dino_head.prototypes: 32 there, 64 asked",),
+    "backbone.depth=3": ("backbone.depth: 2 there, 3 asked",),
+    "start.student=other": ("start.student", "student, teacher"),
+    "teacher=/absent": ("/absent",),
+    "recipe=vit_small_refine": ("another architecture", "embed_dim: 32 there, 384 asked"),
+}
+
+
+@pytest.mark.parametrize("word", REFINE_MISTAKES)
+def test_mistakes_of_refine(mistake, word):
+    error = mistake("refine", word, *(() if word.startswith("teacher") else ("teacher=ema", "gram.refresh_every=0")))
+    for part in REFINE_MISTAKES[word]:
+        assert part in error
+
+
+ADAPT_MISTAKES = {
+    "crops.mix=[[32,16,24,1.0]]": ("crops.mix[0]", "gram_size", "at least the global crop's side 32", "got 24"),
+    "crops.mix=[[32,16,48,0.5],[50,16,64,0.5]]": ("crops.mix[1]", "global_size", "multiple of the patch size 8"),
+    "crops.mix=[[32,16,48,0.5],[48,16,64,0.4]]": ("crops.mix", "sum to 1"),
+    "crops.mix=[[32,16,48]]": ("crops.mix expects",),
+    "optimizer.warmup_shape=step": ("optimizer.warmup_shape", "linear, cosine"),
+}
+
+
+@pytest.mark.parametrize("word", ADAPT_MISTAKES)
+def test_mistakes_of_adapt(mistake, word):
+    error = mistake("adapt", word)
+    for part in ADAPT_MISTAKES[word]:
+        assert part in error
+
+
+def test_a_refresh_of_the_live_ema_or_of_another_model(mistake, pretrained):
+    assert "needs no refreshing" in mistake("refine", "teacher=ema", "gram.refresh_every=2")
+
+
+def test_a_gram_teacher_of_another_patch_size(mistake, start_dinov3, recipe_file, image_folder, tmp_path):
+    other = tmp_path / "other"
+    words = ("run.steps=1", "backbone.patch_size=16", f"data={image_folder}", f"out={other}")
+    finish(start_dinov3, "pretrain", f"recipe={recipe_file}", *words)
+    error = mistake("refine", f"teacher={other}")
+    assert "patch size 16, expected the student's 8" in error
+    assert "gram.teacher" in error
+
+
+def test_auto_without_a_history(mistake, pretrained, tmp_path):
+    import shutil
+
+    run = tmp_path / "bare"
+    shutil.copytree(pretrained, run)
+    shutil.rmtree(run / "history")
+    shutil.rmtree(run / "checkpoints" / "step_00000005")
+    error = mistake("refine", "teacher=auto", begin=run)
+    assert "kept 1 checkpoint, expected at least 2" in error
+    assert "run.history_every" in error
+
+
+def test_the_gram_stage_needs_a_teacher_when_trained_directly(dinov3, image_folder, tmp_path):
+    status, _, error = dinov3(
+        "pretrain", "recipe=vit_tiny_cpu_refine", f"data={image_folder}", f"out={tmp_path / 'run'}", "run.steps=1"
+    )
+    assert status == 2
+    assert "gram.teacher" in error
+    assert "teacher=auto" in error
+
+
+def test_print_config_shows_the_stage(dinov3, pretrained):
+    status, text, error = dinov3("refine", f"run={pretrained}", "--print-config")
+    assert status == 0, error
+    assert "gram_size: 64" in text
+    assert "recipe: tiny_refine" in text
