@@ -314,6 +314,19 @@ def demo(
     run_demo(values["out"], quick=quick, seed=values["seed"])
 
 
+@app.command()
+def study(
+    name: Annotated[
+        str | None, typer.Argument(help="which one; without it they are listed", show_default=False)
+    ] = None,
+    words: Words = None,
+) -> None:
+    """A question answered by runs that differ in one thing: NAME out=FOLDER [seeds=0,1,2] [minutes=M] [...]."""
+    from .studies.command import run_named
+
+    run_named(name, words or [])
+
+
 def _picture_options() -> dict[str, Option]:
     return BACKBONE | {
         "data": Option(str, required=True, help="PATH"),

@@ -148,5 +148,21 @@ def run(words: Words = None) -> None:
     run_chain(**_read("run", words, options))
 
 
+@curate_app.command("report")
+def report(words: Words = None) -> None:
+    """A page of what was kept and what was not: manifest=FILE out=PAGE.html [data=FOLDER] [clusters=...] [keep=...]."""
+    from .commands_curate import report as run
+
+    options = {
+        "manifest": Option(Path, required=True, help="FILE.parquet"),
+        "out": Option(Path, required=True, help="PAGE.html"),
+        "data": Option(Path, help="FOLDER of curate embed; default: beside the manifest, or what the manifest says"),
+        "clusters": Option(Path, help="FOLDER of curate cluster; default: likewise"),
+        "keep": Option(Path, help="FOLDER of curate dedup; default: likewise"),
+        "seed": Option(int, default=0, help="of the images shown"),
+    }
+    run(**_read("report", words, options))
+
+
 def _read(command: str, words: list[str] | None, options: dict[str, Option]) -> dict[str, object]:
     return word_options.read(f"curate {command}", words or [], options)[0]

@@ -12,12 +12,14 @@ from rich.console import Console
 from .curation.chain import Chain, Site, embed_progress, run_chain, said_of
 from .curation.cluster import ClusterSettings, Hierarchy, write_summary
 from .curation.cluster import cluster as cluster_points
+from .curation.curated import read_curated
 from .curation.dedup import DedupSettings, Duplicates, ImageSet
 from .curation.dedup import dedup as find_duplicates
 from .curation.embed import EmbedSettings, open_pool
 from .curation.embed import embed as embed_images
 from .curation.embeddings import Embeddings
 from .curation.kmeans import Selected
+from .curation.page import curation_page
 from .curation.retrieve import RetrieveSettings
 from .curation.retrieve import retrieve as retrieve_images
 from .curation.sample import balanced_sample, random_sample
@@ -182,6 +184,17 @@ def run(
         path = run_chain(chain, model, view, out, site=site, about={"backbone": origin})
         if site.first:
             site.console.print(f"wrote {path}; train on it with data={path}", highlight=False, soft_wrap=True)
+
+
+def report(
+    *, manifest: Path, out: Path, data: Path | None, clusters: Path | None, keep: Path | None, seed: int
+) -> None:
+    """Write the page of a manifest."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"curate report: out expects a file that ends in .html, got {str(out)!r}")
+    found = read_curated(manifest, data=data, clusters=clusters, keep=keep)
+    path = curation_page(found, open_source, seed=seed).write(out)
+    print(f"wrote {path}: {found.manifest.num_rows} images kept, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def _seen(spec: str, step: int | None, size: int | None, site: Site):

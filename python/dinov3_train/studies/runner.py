@@ -58,8 +58,7 @@ def run_study(
     Errors: ValueError for no seeds, a budget that is not positive, arms of one name, another study's folder.
     """
     console = console or Console()
-    _check(study, seeds, minutes)
-    _claim(out, study)
+    begin(study, out, seeds=seeds, minutes=minutes)
     end = None if minutes is None else time.monotonic() + 60.0 * minutes
     jobs = [(arm, seed) for seed in seeds for arm in study.arms]
     for number, (arm, seed) in enumerate(jobs, start=1):
@@ -95,8 +94,11 @@ def _check(study: Study, seeds: Sequence[int], minutes: float | None) -> None:
         raise ValueError(f"study: minutes expects a number above 0, got {minutes}")
 
 
-def _claim(out: Path, study: Study) -> None:
-    """Write what is asked into a new folder, or compare it with what is there."""
+def begin(study: Study, out: Path, *, seeds: Sequence[int], minutes: float | None = None) -> None:
+    """Write what is asked into a new folder, or compare it with what is there; `run_study` does it, and a study that
+    prepares something in its folder before the runs. Errors: those of `run_study`.
+    """
+    _check(study, seeds, minutes)
     path = out / "study.json"
     wanted = json.loads(json.dumps({"study": study.name, "arms": [a.name for a in study.arms], **study.settings}))
     if path.is_file():

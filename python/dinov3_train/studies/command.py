@@ -1,0 +1,43 @@
+"""`dinov3 study NAME`: from words to the function of a study."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from .. import words as word_options
+from ..words import Option
+
+NAMES = {"data": "curated sets against the raw pool: the same recipe and steps on sets of one size, judged by k-NN"}
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+COMMON = {
+    "out": Option(Path, required=True, help="FOLDER"),
+    "seeds": Option(_numbers, default=(0,), help="seeds of the training, commas between several"),
+    "minutes": Option(float, help="wall-clock of this call; the same command goes on"),
+}
+
+
+def run_named(name: str | None, words: list[str]) -> None:
+    """Run the study `name`, or list the studies there are. Errors: ValueError naming the nearest studies or options."""
+    if name is None:
+        for known, about in NAMES.items():
+            print(f"{known:8} {about}")
+        return
+    if name not in NAMES:
+        close = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.3) or list(NAMES)
+        raise ValueError(f"study: no study named {name!r}; nearest: {', '.join(close)} (dinov3 study lists all)")
+    from . import data
+
+    values, overrides = word_options.read(f"study {name}", words, data.OPTIONS | COMMON, rest=True)
+    common = {key: values.pop(key) for key in COMMON}
+    asked = data.DataStudy(**values, overrides=tuple(overrides))
+    results = data.run(asked, common["out"], seeds=common["seeds"], minutes=common["minutes"])
+    if results.rows:
+        print(
+            f"\n{results.table()}\nwrote {common['out'] / 'table.md'}, results.json, results.csv and plot.png beside it"
+        )
