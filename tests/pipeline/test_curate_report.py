@@ -80,15 +80,15 @@ def test_what_cannot_be(dinov3, curated, tmp_path):
     manifest = curated / "manifest.parquet"
     (tmp_path / "cut.parquet").write_bytes(manifest.read_bytes()[:200])
     for words, parts in (
-        ((f"manifest={tmp_path / 'no.parquet'}", "out=p.html"), ("no.parquet", "does not exist")),
-        ((f"manifest={tmp_path / 'cut.parquet'}", "out=p.html"), ("no readable Parquet",)),
-        ((f"manifest={manifest}", "out=p.txt"), (".html", "p.txt")),
-        ((f"manifest={manifest}", "out=p.html", f"clusters={tmp_path}"), ("holds no clusters",)),
+        ((f"manifest={tmp_path / 'no.parquet'}", f"out={tmp_path / 'p.html'}"), ("no.parquet", "does not exist")),
+        ((f"manifest={tmp_path / 'cut.parquet'}", f"out={tmp_path / 'p.html'}"), ("no readable Parquet",)),
+        ((f"manifest={manifest}", f"out={tmp_path / 'p.txt'}"), (".html", "p.txt")),
+        ((f"manifest={manifest}", f"out={tmp_path / 'p.html'}", f"clusters={tmp_path}"), ("holds no clusters",)),
         (
-            (f"manifest={manifest}", "out=p.html", f"data={curated / 'embeddings' / 'stripes'}"),
+            (f"manifest={manifest}", f"out={tmp_path / 'p.html'}", f"data={curated / 'embeddings' / 'stripes'}"),
             ("are not in", "expected the embeddings it was made of"),
         ),
-        ((f"manifest={manifest}", "out=p.html", f"keep={tmp_path}"), ("no finished search",)),
+        ((f"manifest={manifest}", f"out={tmp_path / 'p.html'}", f"keep={tmp_path}"), ("no finished search",)),
     ):
         status, _, error = dinov3("curate", "report", *words)
         assert status == 2, words
