@@ -16,6 +16,7 @@
 #include "ops/rope_attention/rope_attention.h"
 #include "ops/rope_attention/rope_attention_plan.h"
 #include "ops/sinkhorn_knopp/sinkhorn_knopp.h"
+#include "ops/sinkhorn_knopp/sinkhorn_knopp_plan.h"
 
 namespace driver {
 
@@ -211,8 +212,8 @@ void sinkhorn_case(Element element, int64_t rows, int64_t prototypes) {
   constexpr int kIterations = 3;
   const double temperature = 0.07;
   Array logits(element, rows * prototypes, Normal(3));
-  const int64_t splits = std::max(sinkhorn_splits_cuda(rows, prototypes), sinkhorn_splits_cpu(rows));
-  const int64_t ranges = sinkhorn_ranges_cuda(rows, prototypes);
+  const SinkhornPlan plan = sinkhorn_plan(rows, prototypes, element, 1);
+  const int64_t splits = std::max(plan.splits, sinkhorn_splits_cpu(rows)), ranges = plan.ranges;
   const auto fp32 = Element::float32;
   Array partial(fp32, 2 * splits * prototypes + 1), row_partial(fp32, 2 * ranges * rows), shift(fp32, prototypes);
   Array sums(fp32, prototypes), next_columns(fp32, prototypes), columns(fp32, prototypes);
@@ -225,10 +226,31 @@ void sinkhorn_case(Element element, int64_t rows, int64_t prototypes) {
     return sum;
   };
 
-  // Three steps a round; `side` picks host or device memory, `step` runs one op there.
+  const Numbers exact = sinkhorn(logits.host_values(), rows, prototypes, temperature, kIterations);
+  auto given = [&](const void* data) {
+    return SinkhornLogits{
+        data, element, rows, prototypes, prototypes, float(kLog2E / temperature), Inverse::of(temperature)};
+  };
+
+  // One rank alone: one step a round.
+  Array shares(fp32, std::max(sinkhorn_shares_cpu(given(logits.host())), sinkhorn_shares_cuda(given(logits.device()))));
+  auto iterate = [&](auto side, auto iteration) {
+    SinkhornIteration args{given(side(logits)), true, static_cast<float*>(side(shares)),
+                           static_cast<float*>(side(row)), static_cast<float*>(side(columns))};
+    for (int i = 0; i < kIterations; ++i, args.first = false) iteration(args);
+  };
+  iterate([](Array& array) { return array.host(); },
+          [](const SinkhornIteration& args) { sinkhorn_iteration_cpu(args, serial); });
+  iterate([](Array& array) { return array.device(); },
+          [](const SinkhornIteration& args) {
+            Array::launch("sinkhorn_iteration", [&](void* stream) { return sinkhorn_iteration_cuda(args, stream); });
+          });
+  compare(name, "alone", fp32, potentials(row.device_values(), columns.device_values()),
+          potentials(row.host_values(), columns.host_values()), exact);
+
+  // Several ranks: three steps a round; `side` picks host or device memory, `step` runs one op there.
   auto run = [&](auto side, auto column_sums, auto finish, auto row_sums) {
-    const SinkhornLogits in{
-        side(logits), element, rows, prototypes, prototypes, float(kLog2E / temperature), Inverse::of(temperature)};
+    const SinkhornLogits in = given(side(logits));
     auto floats = [&](Array& array) { return static_cast<float*>(side(array)); };
     column_sums(SinkhornColumnSums{in, floats(partial), floats(shift), floats(sums)});
     float *before = floats(zero), *after = floats(row), *spare = floats(next_row);
@@ -266,8 +288,7 @@ void sinkhorn_case(Element element, int64_t rows, int64_t prototypes) {
       });
   // After three rounds the results lie in `row` and `columns` (the first and the third were written there).
   compare(name, "sums", fp32, potentials(row.device_values(), columns.device_values()),
-          potentials(row.host_values(), columns.host_values()),
-          sinkhorn(logits.host_values(), rows, prototypes, temperature, kIterations));
+          potentials(row.host_values(), columns.host_values()), exact);
 }
 
 void cross_entropy_case(Element element, int64_t crops, int64_t views, int64_t images, int64_t prototypes) {

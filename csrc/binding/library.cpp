@@ -17,6 +17,7 @@
 
 DINOV3_EXT_LIBRARY(DINOV3_EXT_OPS, m) {
   m.def("gram_loss(Tensor student, Tensor teacher, str clip, bool gradient) -> (Tensor loss, Tensor grad)");
+  m.def("sinkhorn_potentials(Tensor logits, float temperature, int iterations) -> (Tensor rows, Tensor columns)");
   m.def("sinkhorn_column_sums(Tensor logits, float temperature) -> (Tensor maxima, Tensor sums)");
   m.def("sinkhorn_finish(Tensor sums, Tensor shift) -> Tensor columns");
   m.def(
@@ -41,31 +42,23 @@ DINOV3_EXT_LIBRARY(DINOV3_EXT_OPS, m) {
       " Tensor lse, float scale) -> Tensor");
 }
 
-DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, CPU, m) {
-  m.impl("gram_loss", DINOV3_EXT_BOX(&dinov3_ext::gram_loss));
-  m.impl("sinkhorn_column_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_column_sums));
-  m.impl("sinkhorn_finish", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_finish));
-  m.impl("sinkhorn_row_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_row_sums));
-  m.impl("assignment_cross_entropy", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy));
-  m.impl("assignment_cross_entropy_backward", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy_backward));
-  m.impl("assignment_cross_entropy_backward_", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy_backward_));
-  m.impl("rope_rotate", DINOV3_EXT_BOX(&dinov3_ext::rope_rotate));
-  m.impl("rope_rotate_backward", DINOV3_EXT_BOX(&dinov3_ext::rope_rotate_backward));
-  m.impl("rope_attention", DINOV3_EXT_BOX(&dinov3_ext::rope_attention));
-  m.impl("rope_attention_backward", DINOV3_EXT_BOX(&dinov3_ext::rope_attention_backward));
-}
+#define DINOV3_EXT_IMPL(name) m.impl(#name, DINOV3_EXT_BOX(&dinov3_ext::name))
+#define DINOV3_EXT_IMPLS(key)                            \
+  DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, key, m) {      \
+    DINOV3_EXT_IMPL(gram_loss);                          \
+    DINOV3_EXT_IMPL(sinkhorn_potentials);                \
+    DINOV3_EXT_IMPL(sinkhorn_column_sums);               \
+    DINOV3_EXT_IMPL(sinkhorn_finish);                    \
+    DINOV3_EXT_IMPL(sinkhorn_row_sums);                  \
+    DINOV3_EXT_IMPL(assignment_cross_entropy);           \
+    DINOV3_EXT_IMPL(assignment_cross_entropy_backward);  \
+    DINOV3_EXT_IMPL(assignment_cross_entropy_backward_); \
+    DINOV3_EXT_IMPL(rope_rotate);                        \
+    DINOV3_EXT_IMPL(rope_rotate_backward);               \
+    DINOV3_EXT_IMPL(rope_attention);                     \
+    DINOV3_EXT_IMPL(rope_attention_backward);            \
+  }
 
+DINOV3_EXT_IMPLS(CPU)
 // Registered in a build without nvcc too: a CUDA tensor then gets the sentence that says so.
-DINOV3_EXT_LIBRARY_IMPL(DINOV3_EXT_OPS, CUDA, m) {
-  m.impl("gram_loss", DINOV3_EXT_BOX(&dinov3_ext::gram_loss));
-  m.impl("sinkhorn_column_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_column_sums));
-  m.impl("sinkhorn_finish", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_finish));
-  m.impl("sinkhorn_row_sums", DINOV3_EXT_BOX(&dinov3_ext::sinkhorn_row_sums));
-  m.impl("assignment_cross_entropy", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy));
-  m.impl("assignment_cross_entropy_backward", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy_backward));
-  m.impl("assignment_cross_entropy_backward_", DINOV3_EXT_BOX(&dinov3_ext::assignment_cross_entropy_backward_));
-  m.impl("rope_rotate", DINOV3_EXT_BOX(&dinov3_ext::rope_rotate));
-  m.impl("rope_rotate_backward", DINOV3_EXT_BOX(&dinov3_ext::rope_rotate_backward));
-  m.impl("rope_attention", DINOV3_EXT_BOX(&dinov3_ext::rope_attention));
-  m.impl("rope_attention_backward", DINOV3_EXT_BOX(&dinov3_ext::rope_attention_backward));
-}
+DINOV3_EXT_IMPLS(CUDA)

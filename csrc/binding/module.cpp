@@ -3,9 +3,11 @@
 
 #include "core/cpu_variant.h"
 #include "core/cuda_status.h"
+#include "ops/assignment_cross_entropy/assignment_cross_entropy_plan.h"
 #include "ops/gram_loss/gram_loss_plan.h"
 #include "ops/rope_attention/rope_attention_backward_plan.h"
 #include "ops/rope_attention/rope_attention_plan.h"
+#include "ops/sinkhorn_knopp/sinkhorn_knopp_plan.h"
 
 namespace py = pybind11;
 
@@ -56,11 +58,47 @@ py::dict gram_loss_plan(int64_t images, int64_t patches, int64_t width, int part
   return answer;
 }
 
-py::dict rope_attention_plan(const std::string& dtype, int head_width, int tokens, int architecture) {
+dinov3_ext::Element element_of(const std::string& dtype) {
   using dinov3_ext::Element;
-  const Element element = dtype == "bfloat16"  ? Element::bfloat16
-                          : dtype == "float16" ? Element::float16
-                                               : Element::float32;  // stands for all that have no kernel
+  return dtype == "bfloat16" ? Element::bfloat16 : dtype == "float16" ? Element::float16 : Element::float32;
+}
+
+py::dict sinkhorn_knopp_plan(const std::string& dtype, int64_t rows, int64_t prototypes) {
+  if (rows < 0 || prototypes < 1) throw py::value_error("sinkhorn_knopp_plan: rows must be >= 0 and prototypes >= 1");
+  const dinov3_ext::Element element = element_of(dtype);
+  const int vector = element == dinov3_ext::Element::float32 ? 4 : 8;
+  const int width = prototypes % vector ? 1 : vector;
+  const dinov3_ext::SinkhornPlan plan = dinov3_ext::sinkhorn_plan(rows, prototypes, element, width);
+  py::dict answer;
+  answer["width"] = width;
+  answer["columns"] = plan.columns;
+  answer["tiles"] = plan.tiles;
+  answer["kept"] = plan.kept;
+  answer["shared_bytes"] = plan.shared_bytes;
+  answer["splits"] = plan.splits;
+  answer["ranges"] = plan.ranges;
+  return answer;
+}
+
+py::dict assignment_cross_entropy_plan(int64_t crops, int64_t views, int64_t images, int64_t prototypes) {
+  if (crops < 1 || views < 1 || images < 1 || prototypes < 1) {
+    throw py::value_error("assignment_cross_entropy_plan: sizes must be >= 1");
+  }
+  const bool single = crops == 1 && views == 1;
+  const dinov3_ext::CrossEntropyPlan plan = dinov3_ext::cross_entropy_plan(crops, views, images, prototypes);
+  py::dict answer;
+  answer["images"] = single ? dinov3_ext::kCrossEntropyImages : 1;
+  answer["crops"] = single ? 1 : dinov3_ext::kCrossEntropyCrops;
+  answer["views"] = single ? 1 : dinov3_ext::kCrossEntropyViews;
+  answer["forward_blocks"] = plan.forward_blocks();
+  answer["forward_ranges"] = plan.forward.ranges;
+  answer["backward_blocks"] = plan.backward_blocks();
+  answer["backward_ranges"] = plan.backward.ranges;
+  return answer;
+}
+
+py::dict rope_attention_plan(const std::string& dtype, int head_width, int tokens, int architecture) {
+  const dinov3_ext::Element element = element_of(dtype);  // float32 stands for all that have no kernel
   constexpr const char* kPaths[] = {"resident", "streaming", "composed"};
   const dinov3_ext::AttentionPlan plan = dinov3_ext::rope_attention_plan(element, head_width, tokens, architecture);
   py::dict answer;
@@ -93,6 +131,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_variant", &set_cpu_variant, py::arg("name"), "Changes the instruction set (for tests), process-wide.");
   m.def("gram_loss_plan", &gram_loss_plan, py::arg("images"), py::arg("patches"), py::arg("width"), py::arg("parts"),
         py::arg("gradient"), "Tiles and workspace of the CUDA kernels of gram_loss.");
+  m.def("sinkhorn_knopp_plan", &sinkhorn_knopp_plan, py::arg("dtype"), py::arg("rows"), py::arg("prototypes"),
+        "Its CUDA kernels for contiguous logits: columns, number and shared_bytes of the tiles of one rank alone, "
+        "whether "
+        "they are kept in shared memory; splits of the rows and ranges of the columns where ranks exchange.");
+  m.def("assignment_cross_entropy_plan", &assignment_cross_entropy_plan, py::arg("crops"), py::arg("views"),
+        py::arg("images"), py::arg("prototypes"),
+        "Its CUDA kernels: images, crops and views of a block, blocks, ranges of the columns; forward and backward.");
   m.def("rope_attention_composed_tokens", &dinov3_ext::composed_tokens, py::arg("architecture"),
         "Tokens of a sequence from which on rope_attention takes PyTorch's attention.");
   m.def(

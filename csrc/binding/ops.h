@@ -15,6 +15,7 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor> gram_loss(const Tensor& student, const Tensor& teacher, std::string_view clip,
                                      bool gradient);
 
+std::tuple<Tensor, Tensor> sinkhorn_potentials(const Tensor& logits, double temperature, int64_t iterations);
 std::tuple<Tensor, Tensor> sinkhorn_column_sums(const Tensor& logits, double temperature);
 Tensor sinkhorn_finish(const Tensor& sums, const Tensor& shift);
 std::tuple<Tensor, Tensor> sinkhorn_row_sums(const Tensor& logits, const Tensor& previous, const Tensor& columns,

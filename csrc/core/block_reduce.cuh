@@ -12,12 +12,17 @@ struct Larger {  // a NaN on either side is dropped, as fmaxf does
   static __device__ __forceinline__ float apply(float a, float b) { return fmaxf(a, b); }
 };
 
-// Over the 32 lanes; every lane gets the result.
+// Over groups of `Lanes` neighbouring lanes, a power of two; each of them gets the result. All lanes of the warp call
+// it.
+template <class Operation, int Lanes>
+__device__ __forceinline__ float lanes_reduce(float value) {
+#pragma unroll
+  for (int mask = Lanes / 2; mask; mask /= 2) value = Operation::apply(value, shuffle_xor(value, mask));
+  return value;
+}
 template <class Operation>
 __device__ __forceinline__ float warp_reduce(float value) {
-#pragma unroll
-  for (int mask = 16; mask; mask /= 2) value = Operation::apply(value, shuffle_xor(value, mask));
-  return value;
+  return lanes_reduce<Operation, 32>(value);
 }
 
 // Every thread gets the result. `Threads` is a multiple of 32, at most 1024; all threads of the block call it.

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #include "core/cpu_variant.h"
 #include "core/cpu_vector.h"
@@ -23,6 +24,15 @@ namespace dinov3_ext {
 
 constexpr int64_t kLine = 64;       // bytes
 constexpr int64_t kLineWords = 16;  // words of 32 bits
+
+template <class T>
+struct Buffer {  // aligned to a cache line, not initialised
+  T* data;
+  explicit Buffer(int64_t count) : data(static_cast<T*>(operator new(sizeof(T) * count, std::align_val_t(64)))) {}
+  ~Buffer() { operator delete(data, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+};
 
 struct Product {
   const char* left;

@@ -6,6 +6,8 @@
 
 #include <atomic>
 
+#include "core/element.h"
+
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -44,6 +46,24 @@ inline CpuVariant best_cpu_variant() {
 inline std::atomic<CpuVariant>& cpu_variant() {
   static std::atomic<CpuVariant> chosen{best_cpu_variant()};
   return chosen;
+}
+
+// One of three, for the instruction set in use. T: kernels of one op, an instruction set each.
+template <class T>
+const T& choose_by_variant(const T& portable, const T& avx2, const T& avx512) {
+  if (cpu_variant() >= CpuVariant::avx512) return avx512;
+  return cpu_variant() >= CpuVariant::avx2 ? avx2 : portable;
+}
+
+// choose<element>().
+template <class Choose>
+decltype(auto) with_element(Element element, Choose choose) {
+  switch (element) {
+    case Element::float32: return choose.template operator()<Element::float32>();
+    case Element::bfloat16: return choose.template operator()<Element::bfloat16>();
+    case Element::float16: break;
+  }
+  return choose.template operator()<Element::float16>();
 }
 
 }  // namespace dinov3_ext

@@ -194,4 +194,28 @@ DINOV3_EXT_INLINE typename Vector<W>::Float exp2(typename Vector<W>::Float x) {
   return p * bits_as<typename V::Float>((bits_as<typename V::Int>(shifted) + 127) << 23);  // 2^-127 comes out as zero
 }
 
+// ln x of a normal number > 0, relative error below 2e-7; infinity and NaN stay. Polynomial: Cephes logf on
+// [sqrt(1/2), sqrt(2)].
+template <int W>
+DINOV3_EXT_INLINE typename Vector<W>::Float logarithm(typename Vector<W>::Float x) {
+  using V = Vector<W>;
+  using Float = typename V::Float;
+  const auto bits = bits_as<typename V::Unsigned>(x);
+  // The exponent such that the mantissa lies around one: 0x3f3504f3 is sqrt(1/2).
+  const auto above = bits - 0x3f3504f3u;
+  const Float exponent = __builtin_convertvector(bits_as<typename V::Int>(above) >> 23, Float);
+  const Float f = bits_as<Float>((above & 0x7fffffu) + 0x3f3504f3u) - 1.f, z = f * f;
+  Float p = 7.0376836292e-2f * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const Float fraction = f + (p * f * z - 0.5f * z - 2.12194440e-4f * exponent);
+  const Float result = fraction + 0.693359375f * exponent;
+  return (bits & 0x7f800000u) == 0x7f800000u ? x : result;
+}
+
 }  // namespace dinov3_ext

@@ -37,12 +37,14 @@ struct LogSum {
     maximum = highest;
   }
 
-  // Over the 32 lanes; every lane gets the result.
-  __device__ __forceinline__ void reduce_over_warp(float scale) {
-    const float highest = warp_reduce<Larger>(maximum);
-    sum = warp_reduce<Add>(sum * exp2_approx((maximum - highest) * scale));
+  // Over groups of `Lanes` neighbouring lanes; each of them gets the result. All lanes of the warp call it.
+  template <int Lanes>
+  __device__ __forceinline__ void reduce_over_lanes(float scale) {
+    const float highest = lanes_reduce<Larger, Lanes>(maximum);
+    sum = lanes_reduce<Add, Lanes>(sum * exp2_approx((maximum - highest) * scale));
     maximum = highest;
   }
+  __device__ __forceinline__ void reduce_over_warp(float scale) { reduce_over_lanes<32>(scale); }
 };
 
 }  // namespace dinov3_ext

@@ -259,7 +259,19 @@ def _explain(question: Question) -> Path:
         return Path(op, "kernel", f"own CPU kernel, {info['cpu_variant']}")
     if info["cuda"] is None:
         return Path(op, "missing", "the library was built without nvcc: no CUDA kernels")
-    return Path(op, "kernel", f"own CUDA kernel, built for {info['cuda_architectures']}")
+    reason = f"own CUDA kernels, built for {info['cuda_architectures']}"
+    if question.shape is None or 0 in question.shape:
+        return Path(op, "kernel", reason)
+    crops, images, prototypes = question.shape
+    views = 1 if crops == 1 else 2  # iBOT, DINO
+    plan = _library.module.assignment_cross_entropy_plan(crops, views, images, prototypes)
+    return Path(
+        op,
+        "kernel",
+        f"{reason}; for A = {views}: a block takes {plan['images']} images, {plan['crops']} crops and {plan['views']} "
+        f"views; forward {plan['forward_blocks']} blocks, rows in {plan['forward_ranges']} ranges, backward "
+        f"{plan['backward_blocks']} blocks, rows in {plan['backward_ranges']}; on every architecture",
+    )
 
 
 @for_each_library

@@ -116,7 +116,11 @@ def _keep_gradient(ctx, inputs, output) -> None:
 
 def _scale_gradient(ctx, loss_grad: Tensor, _: Tensor | None) -> tuple:
     (grad,) = ctx.saved_tensors
-    return (grad * loss_grad).to(ctx.student_dtype), None, None, None
+    if type(grad) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():  # traced, or used again
+        return (grad * loss_grad).to(ctx.student_dtype), None, None, None
+    # The graph is used up: its gradient becomes the result, no second one is held.
+    ctx.maybe_clear_saved_tensors()
+    return grad.mul_(loss_grad).to(ctx.student_dtype), None, None, None
 
 
 _composition.register_fake(_fake)

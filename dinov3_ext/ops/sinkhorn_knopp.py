@@ -57,17 +57,17 @@ def sinkhorn_knopp(
 
 
 def _sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int, collectives: Collectives) -> Potentials:
-    """The kernels, and the exchanges between them: one maximum and `iterations` sums of K numbers each."""
+    """The kernels; several ranks exchange between them: one maximum and `iterations` sums of K numbers each."""
     rows, prototypes = logits.shape
     if (prototypes > 1 and logits.stride(1) != 1) or (rows > 1 and logits.stride(0) < prototypes):
         logits = logits.contiguous()
     ops = native_ops()
+    if collectives.world_size == 1:
+        return Potentials(*ops.sinkhorn_potentials(logits, temperature, iterations))
     maxima, sums = ops.sinkhorn_column_sums(logits, temperature)  # (K,) each
-    largest = maxima
-    if collectives.world_size > 1:
-        largest = collectives.all_reduce(maxima.clone(), "max")
-        # A rank without rows has (-inf, 0); -inf - -inf would be NaN.
-        sums = torch.where(maxima == -torch.inf, 0.0, sums * (maxima - largest).exp())
+    largest = collectives.all_reduce(maxima.clone(), "max")
+    # A rank without rows has (-inf, 0); -inf - -inf would be NaN.
+    sums = torch.where(maxima == -torch.inf, 0.0, sums * (maxima - largest).exp())
     columns, potentials = -largest, logits.new_zeros(rows, dtype=torch.float32)
     for iteration in range(iterations):
         columns = ops.sinkhorn_finish(collectives.all_reduce(sums, "sum"), columns)
@@ -146,12 +146,30 @@ def _explain(question: Question) -> Path:
         return Path("sinkhorn_knopp", "kernel", f"own CPU kernel, {info['cpu_variant']}")
     if info["cuda"] is None:
         return Path("sinkhorn_knopp", "missing", "the library was built without nvcc: no CUDA kernels")
-    return Path("sinkhorn_knopp", "kernel", f"own CUDA kernel, built for {info['cuda_architectures']}")
+    reason = f"own CUDA kernels, built for {info['cuda_architectures']}"
+    if question.shape is None or question.shape[1] < 1:
+        return Path("sinkhorn_knopp", "kernel", reason)
+    plan = _library.module.sinkhorn_knopp_plan(str(dtype).removeprefix("torch."), *question.shape)
+    memory = "kept in shared memory" if plan["kept"] else "read twice"
+    return Path(
+        "sinkhorn_knopp",
+        "kernel",
+        f"{reason}; one rank alone: {plan['tiles']} tiles of {plan['columns']} columns and all rows an iteration, "
+        f"{memory}, {plan['shared_bytes'] / 1024:.0f} KB a block; several ranks: rows in {plan['splits']} splits, "
+        f"columns in {plan['ranges']} ranges; on every architecture",
+    )
 
 
 @for_each_library
 def _register(namespace: str) -> None:
     fake = torch.library.register_fake
+
+    @fake(f"{namespace}::sinkhorn_potentials")
+    def _(logits: Tensor, temperature: float, iterations: int) -> tuple[Tensor, Tensor]:
+        return (
+            logits.new_empty(logits.shape[0], dtype=torch.float32),
+            logits.new_empty(logits.shape[1], dtype=torch.float32),
+        )
 
     @fake(f"{namespace}::sinkhorn_column_sums")
     def _(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

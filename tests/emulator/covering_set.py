@@ -29,15 +29,25 @@ def _gram(images: int, patches: int, width: int, dtype: torch.dtype, clip: str) 
 
 
 def _sinkhorn(rows: int, prototypes: int, dtype: torch.dtype) -> Case:
+    """One rank alone, and the first of two, of which the other has no rows."""
+    first_of_two = dinov3_ext.Collectives(
+        all_reduce=lambda tensor, op: tensor, all_gather=lambda tensor: tensor, rank=0, world_size=2
+    )
+
     def run() -> list[Tensor]:
         generator = torch.Generator().manual_seed(rows)
         logits = torch.randn(rows, prototypes, generator=generator).to(dtype)
-        potentials = dinov3_ext.sinkhorn_knopp(logits, temperature=0.05, iterations=3)
         # One row far from the others: its sum leaves the range of fp32 at first.
         far = logits.clone()
         far[:1] *= 40
-        again = dinov3_ext.sinkhorn_knopp(far, temperature=0.05, iterations=2)
-        return [potentials.rows, potentials.columns, again.rows, again.columns]
+        found = []
+        for collectives in (dinov3_ext.ALONE, first_of_two):
+            for x, iterations in ((logits, 3), (far, 2)):
+                potentials = dinov3_ext.sinkhorn_knopp(
+                    x, temperature=0.05, iterations=iterations, collectives=collectives
+                )
+                found += [potentials.rows, potentials.columns]
+        return found
 
     return run
 
@@ -93,6 +103,7 @@ CASES: dict[str, dict[str, Case]] = {
         "9 x 1003, fp32": _sinkhorn(9, 1003, _FP32),
         "40 x 4096, bf16": _sinkhorn(40, 4096, _BF16),
         "300 x 264, fp16": _sinkhorn(300, 264, _FP16),
+        "1600 x 40, bf16": _sinkhorn(1600, 40, _BF16),
     },
     "assignment_cross_entropy": {
         "2 x 9 x 1003, fp32": _cross_entropy(2, 9, 1003, _FP32),

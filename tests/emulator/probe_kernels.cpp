@@ -6,6 +6,7 @@
 #include "core/block_reduce.cuh"
 #include "core/launch.cuh"
 #include "core/tile.cuh"
+#include "ops/gram_loss/gram_loss_cuda.cuh"
 
 namespace dinov3_ext {
 namespace {
@@ -397,6 +398,25 @@ Tensor order(const Tensor& like, int64_t blocks) {
   return result;
 }
 
+// ---- where tiles of gram_loss lie
+
+// places (count, 2): row and column of the tiles from `first` on.
+__global__ void places_kernel(int32_t* places, int first, int count) {
+  const int index = int(block_index<0>()) * 256 + thread_index();
+  if (index >= count) return;
+  int row, column;
+  triangle_place(first + index, row, column);
+  store_global(places + 2 * index, int32_t(row));
+  store_global(places + 2 * index + 1, int32_t(column));
+}
+
+Tensor places(const Tensor& like, int64_t first, int64_t count) {
+  Tensor result = empty(like, {count, 2}, ScalarType::Int);
+  const Shape shape{.x = (count + 255) / 256, .threads = 256};
+  check(launch<places_kernel>(shape, nullptr, output<int32_t>(result), int(first), int(count)));
+  return result;
+}
+
 // ---- what only a sanitizer sees
 // ---------------------------------------------------------------------------------------------------
 
@@ -432,6 +452,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dinov3_ext_probes, m) {
   m.def("strided(Tensor like, int stride, int bytes) -> Tensor");
   m.def("gather(Tensor from_, int blocks, int stride) -> Tensor");
   m.def("order(Tensor like, int blocks) -> Tensor");
+  m.def("places(Tensor like, int first, int count) -> Tensor");
   m.def("unsound(Tensor from_, int which) -> Tensor");
 }
 
@@ -451,5 +472,6 @@ STABLE_TORCH_LIBRARY_IMPL(dinov3_ext_probes, CPU, m) {
   PROBE(strided);
   PROBE(gather);
   PROBE(order);
+  PROBE(places);
   PROBE(unsound);
 }

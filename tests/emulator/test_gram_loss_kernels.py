@@ -359,3 +359,15 @@ def test_the_workspace_is_about_one_image() -> None:
             packed = 2 * parts * patches * width * 2
             assert planned["workspace_bytes"] <= 1.1 * (planned["chunk"] * packed + planned["entries_bytes"]) + 2**22
             assert plan(images, patches, width, parts, False)["entries_bytes"] == 0
+
+
+def test_places_of_tiles(emulator: ModuleType) -> None:
+    """Every tile of up to 500 blocks, and both ends of rows up to the most that there can be (2^22 patches)."""
+    places = torch.ops.dinov3_ext_probes.places
+    rows, columns = torch.tril_indices(500, 500)  # row by row
+    assert torch.equal(places(torch.zeros(()), 0, len(rows)), torch.stack([rows, columns], 1).int())
+    for row in (501, 1023, 1024, 2047, 4095, 4096, 16383, 16384, 32766, 32767):
+        first = row * (row + 1) // 2
+        found = places(torch.zeros(()), first - 2, 4).tolist()
+        assert found == [[row - 1, row - 2], [row - 1, row - 1], [row, 0], [row, 1]]
+        assert places(torch.zeros(()), first + row, 1).tolist() == [[row, row]]

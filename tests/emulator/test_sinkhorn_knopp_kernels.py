@@ -9,12 +9,14 @@ from accuracy import assert_accurate
 from torch import Tensor
 
 import dinov3_ext
-from dinov3_ext import Collectives, Potentials, sinkhorn_knopp, sinkhorn_knopp_reference
+from dinov3_ext import ALONE, Collectives, Potentials, sinkhorn_knopp, sinkhorn_knopp_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PROTOTYPES = [1, 2, 7, 8, 9, 255, 256, 1000, 4096]
 ROWS = [0, 1, 2, 7, 33, 128]
 T = 0.07
+# The other rank has no rows: the steps between exchanges, which one rank alone does not take.
+FIRST_OF_TWO = Collectives(all_reduce=lambda tensor, op: tensor, all_gather=lambda tensor: tensor, rank=0, world_size=2)
 
 pytestmark = pytest.mark.usefixtures("emulator")
 
@@ -36,13 +38,15 @@ def exponents(potentials: Potentials) -> Tensor:
 
 def check(logits: Tensor, temperature: float = T, iterations: int = 3) -> None:
     """By the accuracy rule; torch in the same dtype is the reference in logarithms."""
-    ours = kernels(logits, temperature, iterations=iterations)
     plain = sinkhorn_knopp_reference(logits, temperature=temperature, iterations=iterations)
     exact = sinkhorn_knopp_reference(logits.double(), temperature=temperature, iterations=iterations)
-    assert ours.rows.dtype is ours.columns.dtype is torch.float32
-    if not logits.shape[0]:
-        assert torch.equal(ours.columns, torch.zeros(logits.shape[1]))
-    assert_accurate(*map(exponents, (ours, plain, exact)), what=f"potentials of {tuple(logits.shape)}")
+    for collectives in (ALONE, FIRST_OF_TWO):
+        ours = kernels(logits, temperature, iterations=iterations, collectives=collectives)
+        assert ours.rows.dtype is ours.columns.dtype is torch.float32
+        if not logits.shape[0]:
+            assert torch.equal(ours.columns, torch.zeros(logits.shape[1]))
+        what = f"potentials of {tuple(logits.shape)}, {collectives.world_size} ranks"
+        assert_accurate(*map(exponents, (ours, plain, exact)), what=what)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,6 +78,15 @@ def test_many_prototypes(rows: int, prototypes: int, dtype: torch.dtype) -> None
     check(logits(rows, prototypes, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "prototypes"), [(4, 66048), (130, 512), (400, 136), (900, 96), (2000, 64), (1700, 33)]
+)
+def test_every_tile_of_one_rank_alone(rows: int, prototypes: int, dtype: torch.dtype) -> None:
+    """Tiles of 32, 8 and 4 lanes, kept in shared memory or read twice; one element at a time too."""
+    check(logits(rows, prototypes, dtype))
+
+
 def test_several_ranges_of_columns() -> None:
     """Few rows and many prototypes: a row's columns in 9 ranges, the last one partly filled."""
     check(logits(2, 33000, torch.bfloat16))
@@ -102,9 +115,10 @@ def test_strides_beyond_32_bits() -> None:
     """Rows 2^31 elements apart (never touched between, so no memory is taken)."""
     near = logits(3, 72, torch.bfloat16)
     far = torch.empty(2**32 + 4096, dtype=torch.bfloat16).as_strided((3, 72), (2**31 + 1024, 1)).copy_(near)
-    ours, expected = kernels(far), kernels(near)
-    assert torch.equal(ours.rows, expected.rows)
-    assert torch.equal(ours.columns, expected.columns)
+    for collectives in (ALONE, FIRST_OF_TWO):
+        ours, expected = (kernels(x, collectives=collectives) for x in (far, near))
+        assert torch.equal(ours.rows, expected.rows)
+        assert torch.equal(ours.columns, expected.columns)
 
 
 # ---- numbers at the edge ----
@@ -131,18 +145,21 @@ def test_minus_infinity_excludes(rows: int) -> None:
     given[:, 3] = -torch.inf
     given[:, 16:24] = -torch.inf
     given[1, :40] = -torch.inf
-    ours, exact = kernels(given), sinkhorn_knopp_reference(given.double(), temperature=T)
+    exact = sinkhorn_knopp_reference(given.double(), temperature=T)
     plain = sinkhorn_knopp_reference(given, temperature=T)
-    assert torch.equal(ours.columns[given.isinf().all(0)], torch.zeros(9))
-    assert_accurate(*map(exponents, (ours, plain, exact)))
+    for collectives in (ALONE, FIRST_OF_TWO):
+        ours = kernels(given, collectives=collectives)
+        assert torch.equal(ours.columns[given.isinf().all(0)], torch.zeros(9))
+        assert_accurate(*map(exponents, (ours, plain, exact)))
 
 
 def test_nan_is_seen() -> None:
     given = logits(40, 24)
     given[2, 3] = torch.nan
-    potentials = kernels(given)
-    assert potentials.columns[3].isnan()
-    assert potentials.rows[2].isnan()
+    for collectives in (ALONE, FIRST_OF_TWO):
+        potentials = kernels(given, collectives=collectives)
+        assert potentials.columns[3].isnan()
+        assert potentials.rows[2].isnan()
 
 
 # ---- ranks ----
@@ -195,29 +212,47 @@ def test_ranks(sizes: list[int]) -> None:
 
 def test_twenty_schedules_give_the_same_bits(emulator: ModuleType) -> None:
     given = logits(140, 1048, torch.bfloat16)
-    first = kernels(given)
-    for seed in range(1, 21):
-        emulator.configure(seed=seed, threads=1 + seed % 2)
-        ours = kernels(given)
-        assert torch.equal(ours.rows, first.rows)
-        assert torch.equal(ours.columns, first.columns)
+    for collectives in (ALONE, FIRST_OF_TWO):
+        emulator.configure()
+        first = kernels(given, collectives=collectives)
+        for seed in range(1, 21):
+            emulator.configure(seed=seed, threads=1 + seed % 2)
+            ours = kernels(given, collectives=collectives)
+            assert torch.equal(ours.rows, first.rows)
+            assert torch.equal(ours.columns, first.columns)
 
 
 # ---- traffic ----
 
 
-def counted(emulator: ModuleType, given: Tensor) -> dict[str, int]:
+def counted(emulator: ModuleType, given: Tensor, collectives: Collectives) -> dict[str, int]:
     """Sums over the launches of three iterations."""
     emulator.reset_counters()
-    kernels(given)
+    kernels(given, collectives=collectives)
     counts = emulator.counters().values()
     return {name: sum(one[name] for one in counts) for name in next(iter(counts))}
 
 
+@pytest.mark.parametrize(("rows", "prototypes", "columns"), [(32, 65536, 256), (512, 1024, 64), (1229, 512, 32)])
+def test_bytes_of_one_rank_alone(emulator: ModuleType, rows: int, prototypes: int, columns: int) -> None:
+    """Three readings of the bf16 logits, 6 bytes each; potentials and the tiles' shares of the rows beside them."""
+    counts = counted(emulator, logits(rows, prototypes, torch.bfloat16), ALONE)
+    elements = rows * prototypes
+    sectors = 32 * (counts["global_read_sectors"] + counts["global_written_sectors"])
+    requested = counts["global_read_bytes"] + counts["global_written_bytes"]
+    # Columns written three times; shares of 8 bytes written and read three times; rows written three times, read twice
+    # by each tile, which meet the same sectors.
+    most = 6 + 3 * 4 / rows + 3 * 16 / columns + 5 * 4 / prototypes
+    assert 6 <= sectors / elements <= 1.02 * most
+    # Potentials of the rows: 4 bytes for every 16 bytes of logits.
+    assert requested / elements <= 1.02 * (most + 2 * 4 / 8)
+    assert counts["bank_conflicts"] == 0
+
+
 @pytest.mark.parametrize(("rows", "prototypes"), [(128, 2048), (512, 1024), (1229, 512)])
-def test_bytes(emulator: ModuleType, rows: int, prototypes: int) -> None:
-    """Six readings of the bf16 logits, 12 bytes each; vectors and partial results beside them."""
-    counts = counted(emulator, logits(rows, prototypes, torch.bfloat16))
+def test_bytes_between_exchanges(emulator: ModuleType, rows: int, prototypes: int) -> None:
+    """Where ranks exchange: six readings of the bf16 logits, 12 bytes each; vectors and partial results beside them."""
+    counts = counted(emulator, logits(rows, prototypes, torch.bfloat16), FIRST_OF_TWO)
     elements = rows * prototypes
     sectors = 32 * (counts["global_read_sectors"] + counts["global_written_sectors"])
     requested = counts["global_read_bytes"] + counts["global_written_bytes"]
@@ -240,6 +275,7 @@ def test_bytes(emulator: ModuleType, rows: int, prototypes: int) -> None:
 
 def test_registered_ops_pass_opcheck() -> None:
     ops, given = torch.ops.dinov3_ext_emulator, logits(10, 33, torch.bfloat16)
+    torch.library.opcheck(ops.sinkhorn_potentials.default, (given, T, 2))
     torch.library.opcheck(ops.sinkhorn_column_sums.default, (given, T))
     for column_sums in (False, True):
         torch.library.opcheck(ops.sinkhorn_row_sums.default, (given, torch.zeros(10), torch.zeros(33), T, column_sums))

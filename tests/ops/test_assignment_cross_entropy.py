@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dinov3_ext import (
     Potentials,
+    _library,
     assignment,
     assignment_cross_entropy,
     assignment_cross_entropy_reference,
@@ -177,6 +178,21 @@ def test_reference_can_be_forced() -> None:
         assert explain("assignment_cross_entropy").path == "reference"
         forced = assignment_cross_entropy(student, teacher, potentials, **TEMPERATURES)
     assert torch.equal(forced, assignment_cross_entropy_reference(student, teacher, potentials, **TEMPERATURES))
+
+
+def test_explain_names_blocks_and_ranges() -> None:
+    """As the launchers choose them; no GPU is asked."""
+    if _library.module is None or _library.build_info()["cuda"] is None:
+        pytest.skip("needs a build with nvcc")
+
+    def reason(*shape: int) -> str:
+        return explain("assignment_cross_entropy", device="cuda", dtype=torch.bfloat16, shape=shape).reason
+
+    ibot, dino = reason(1, 4915, 65536), reason(10, 64, 65536)
+    assert "for A = 1: a block takes 4 images, 1 crops and 1 views" in ibot
+    assert "forward 1229 blocks, rows in 1 ranges, backward 1229 blocks, rows in 1;" in ibot
+    assert "for A = 2: a block takes 1 images, 4 crops and 2 views" in dino
+    assert "forward 1152 blocks, rows in 6 ranges, backward 1024 blocks, rows in 16;" in dino
 
 
 def test_errors_name_the_rule() -> None:

@@ -8,11 +8,13 @@ from accuracy import assert_accurate
 from torch import Tensor
 
 import dinov3_ext
-from dinov3_ext import Collectives, Potentials, _library, assignment, sinkhorn_knopp, sinkhorn_knopp_reference
+from dinov3_ext import ALONE, Collectives, Potentials, _library, assignment, sinkhorn_knopp, sinkhorn_knopp_reference
 
 T = 0.07
-SHAPES = [(1, 1), (1, 300), (7, 17), (8, 1024), (9, 1000), (37, 4099), (130, 512), (600, 48)]
+SHAPES = [(1, 1), (1, 300), (7, 17), (8, 1024), (9, 1000), (37, 4099), (130, 512), (600, 48), (1100, 40)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The other rank has no rows: the steps between exchanges, which one rank alone does not take.
+FIRST_OF_TWO = Collectives(all_reduce=lambda tensor, op: tensor, all_gather=lambda tensor: tensor, rank=0, world_size=2)
 
 
 def logits_like(rows: int, prototypes: int, dtype: torch.dtype = torch.float32, spread: float = 1.0) -> Tensor:
@@ -30,14 +32,16 @@ def variant(request: pytest.FixtureRequest) -> str:
 
 
 def check_against_float64(logits: Tensor, temperature: float = T) -> None:
-    ours = sinkhorn_knopp(logits, temperature=temperature)
     plain = sinkhorn_knopp_reference(logits, temperature=temperature)
     exact = sinkhorn_knopp_reference(logits.double(), temperature=temperature)
-    assert ours.rows.dtype is ours.columns.dtype is torch.float32
-    # A shift between rows and columns changes nothing, so the sum of the two is what must be right.
-    assert_accurate(
-        *(p.rows[:, None] + p.columns for p in (ours, plain, exact)), what=f"potentials of {tuple(logits.shape)}"
-    )
+    for collectives in (ALONE, FIRST_OF_TWO):
+        ours = sinkhorn_knopp(logits, temperature=temperature, collectives=collectives)
+        assert ours.rows.dtype is ours.columns.dtype is torch.float32
+        # A shift between rows and columns changes nothing, so the sum of the two is what must be right.
+        assert_accurate(
+            *(p.rows[:, None] + p.columns for p in (ours, plain, exact)),
+            what=f"potentials of {tuple(logits.shape)}, {collectives.world_size} ranks",
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,37 +91,44 @@ def test_matches_the_textbook_form() -> None:
 def test_strided_rows_and_transposed_logits(dtype: torch.dtype) -> None:
     wide = logits_like(20, 96, dtype)
     for view in (wide[::2, :33], wide[:, 5:70], wide.t(), wide[:1].expand(6, 96), wide[:, ::3]):
-        ours, copied = sinkhorn_knopp(view, temperature=T), sinkhorn_knopp(view.contiguous(), temperature=T)
-        assert torch.equal(ours.rows, copied.rows)
-        assert torch.equal(ours.columns, copied.columns)
+        for collectives in (ALONE, FIRST_OF_TWO):
+            ours, copied = (
+                sinkhorn_knopp(x, temperature=T, collectives=collectives) for x in (view, view.contiguous())
+            )
+            assert torch.equal(ours.rows, copied.rows)
+            assert torch.equal(ours.columns, copied.columns)
 
 
 def test_no_rows() -> None:
-    p = sinkhorn_knopp(torch.empty(0, 11), temperature=T)
-    assert p.rows.shape == (0,)
-    assert torch.equal(p.columns, torch.zeros(11))
+    for collectives in (ALONE, FIRST_OF_TWO):
+        p = sinkhorn_knopp(torch.empty(0, 11), temperature=T, collectives=collectives)
+        assert p.rows.shape == (0,)
+        assert torch.equal(p.columns, torch.zeros(11))
 
 
 def test_minus_infinity_excludes_and_nan_is_seen() -> None:
-    logits = logits_like(10, 12)
-    logits[:, 4] = -torch.inf
-    p = assignment(logits, sinkhorn_knopp(logits, temperature=T), temperature=T)
-    assert torch.equal(p[:, 4], torch.zeros(10))
-    torch.testing.assert_close(p.sum(1), torch.ones(10), rtol=1e-5, atol=0)  # fp32 exp
-    logits[2, 3] = torch.nan
-    assert sinkhorn_knopp(logits, temperature=T).rows.isnan().any()
+    for collectives in (ALONE, FIRST_OF_TWO):
+        logits = logits_like(10, 12)
+        logits[:, 4] = -torch.inf
+        p = assignment(logits, sinkhorn_knopp(logits, temperature=T, collectives=collectives), temperature=T)
+        assert torch.equal(p[:, 4], torch.zeros(10))
+        torch.testing.assert_close(p.sum(1), torch.ones(10), rtol=1e-5, atol=0)  # fp32 exp
+        logits[2, 3] = torch.nan
+        assert sinkhorn_knopp(logits, temperature=T, collectives=collectives).rows.isnan().any()
 
 
 def test_result_does_not_depend_on_threads(variant: str) -> None:
     logits = logits_like(77, 5000, torch.bfloat16)
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(sinkhorn_knopp(logits, temperature=T))
-    torch.set_num_threads(before)
-    for p in results[1:]:
-        assert torch.equal(p.rows, results[0].rows)
-        assert torch.equal(p.columns, results[0].columns)
+    before = torch.get_num_threads()
+    for collectives in (ALONE, FIRST_OF_TWO):
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(sinkhorn_knopp(logits, temperature=T, collectives=collectives))
+        torch.set_num_threads(before)
+        for p in results[1:]:
+            assert torch.equal(p.rows, results[0].rows)
+            assert torch.equal(p.columns, results[0].columns)
 
 
 def on_ranks(parts: list[Tensor], function) -> list[Potentials]:
@@ -174,6 +185,23 @@ def test_float64_takes_the_reference_and_reference_can_be_forced() -> None:
     assert dinov3_ext.explain("sinkhorn_knopp", dtype=torch.float64).path == "reference"
 
 
+def test_explain_names_tiles_and_splits() -> None:
+    """As the launchers choose them; no GPU is asked."""
+    if _library.build_info()["cuda"] is None:
+        pytest.skip("needs a build with nvcc")
+
+    def reason(*shape: int, dtype: torch.dtype = torch.bfloat16) -> str:
+        return dinov3_ext.explain("sinkhorn_knopp", device="cuda", dtype=dtype, shape=shape).reason
+
+    assert "256 tiles of 256 columns and all rows an iteration, kept in shared memory, 81 KB" in reason(128, 65536)
+    assert "rows in 1 splits, columns in 16 ranges" in reason(128, 65536)
+    assert "3072 tiles of 32 columns" in reason(1229, 98304)
+    assert "read twice" in reason(4915, 65536)
+    assert "rows in 4 splits" in reason(4915, 65536)
+    assert "513 tiles of 128 columns" in reason(16, 65540, dtype=torch.float32)  # 16-byte loads need K % 4 == 0
+    assert "tiles of 32 columns" in reason(16, 70001)
+
+
 def test_no_gradient_reaches_the_logits() -> None:
     logits = logits_like(6, 9).requires_grad_()
     assert not sinkhorn_knopp(logits, temperature=T).rows.requires_grad
@@ -189,6 +217,7 @@ def test_compiled_in_one_graph() -> None:
 
 def test_registered_ops_pass_opcheck() -> None:
     ops, logits = torch.ops.dinov3_ext, logits_like(10, 33, torch.bfloat16)
+    torch.library.opcheck(ops.sinkhorn_potentials.default, (logits, T, 3))
     torch.library.opcheck(ops.sinkhorn_column_sums.default, (logits, T))
     torch.library.opcheck(ops.sinkhorn_finish.default, (torch.rand(33), torch.rand(33)))
     for column_sums in (False, True):
@@ -201,6 +230,8 @@ def test_registered_ops_check_their_tensors() -> None:
         ops.sinkhorn_column_sums(logits.t(), T)
     with pytest.raises(RuntimeError, match="logits must be float32, bfloat16 or float16; got Double"):
         ops.sinkhorn_column_sums(logits.double(), T)
+    with pytest.raises(RuntimeError, match="sinkhorn_potentials: iterations must be >= 1; got 0"):
+        ops.sinkhorn_potentials(logits, T, 0)
     with pytest.raises(RuntimeError, match="columns must be a contiguous float32 vector of 6 elements"):
         ops.sinkhorn_row_sums(logits, torch.zeros(4), torch.zeros(5), T, False)
 

@@ -11,7 +11,7 @@ from compiled import listed_sources
 from torch import Tensor
 
 import dinov3_ext
-from dinov3_ext import Layout, Potentials
+from dinov3_ext import ALONE, Collectives, Layout, Potentials
 
 Case = tuple[str, Callable[[], object]]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -20,7 +20,19 @@ TOKENS = (1, 5, 6, 16, 54, 64, 65, 144, 145, 201, 208, 261, 272, 273, 320, 321, 
 
 
 def all() -> Iterator[Case]:
-    yield from sinkhorn([(3, 7), (128, 65536), (32, 262144), (4915, 65536), (512, 70001), (0, 64)])
+    yield from sinkhorn(
+        [
+            (3, 7),
+            (128, 65536),
+            (32, 262144),
+            (512, 4096),
+            (1229, 8192),
+            (4915, 65536),
+            (512, 70001),
+            (5000, 701),
+            (0, 64),
+        ]
+    )
     shapes = [((10, 16), 2, 65536), ((1, 70), 1, 65536), ((1, 3), 1, 70001), ((2, 1), 2, 2)]
     yield from cross_entropy([*shapes, ((2, 3), 3, 64), ((2, 3), 3, 7)])
     yield from gram([(2, 1, 33), (2, 49, 384), (8, 256, 1024), (2, 300, 1023), (1, 2304, 4096), (2, 100, 96)])
@@ -45,10 +57,13 @@ def case(op: str, run: Callable[[], object], dtype: torch.dtype, shape: object) 
 
 
 def sinkhorn(shapes: list[tuple[int, int]]) -> Iterator[Case]:
-    for dtype, (rows, prototypes) in product(FLOATS, shapes):
+    """One rank alone, and the first of two."""
+    two = Collectives(all_reduce=lambda tensor, op: tensor, all_gather=lambda tensor: tensor, rank=0, world_size=2)
+    for dtype, (rows, prototypes), collectives in product(FLOATS, shapes, (ALONE, two)):
 
         def run() -> object:
-            return dinov3_ext.sinkhorn_knopp(torch.empty(rows, prototypes, dtype=dtype), temperature=0.07)
+            logits = torch.empty(rows, prototypes, dtype=dtype)
+            return dinov3_ext.sinkhorn_knopp(logits, temperature=0.07, collectives=collectives)
 
         yield from case("sinkhorn_knopp", run, dtype, (rows, prototypes))
 

@@ -304,22 +304,14 @@ KERNELS_OF(DINOV3_EXT_AVX2, avx2, 8)
 KERNELS_OF(DINOV3_EXT_AVX512, avx512, 16)
 #endif
 
-template <Element E>
-const Kernels& kernels_here() {
-#if defined(__x86_64__)
-  if (cpu_variant() >= CpuVariant::avx512) return kernels_avx512<E>;
-  if (cpu_variant() >= CpuVariant::avx2) return kernels_avx2<E>;
-#endif
-  return kernels_portable<E>;
-}
-
 const Kernels& kernels_of(Element element) {
-  switch (element) {
-    case Element::float32: return kernels_here<Element::float32>();
-    case Element::bfloat16: return kernels_here<Element::bfloat16>();
-    case Element::float16: break;
-  }
-  return kernels_here<Element::float16>();
+  return with_element(element, []<Element E>() -> const Kernels& {
+#if defined(__x86_64__)
+    return choose_by_variant(kernels_portable<E>, kernels_avx2<E>, kernels_avx512<E>);
+#else
+    return kernels_portable<E>;
+#endif
+  });
 }
 
 // A row is cut where there are few images, into segments of whole blocks.

@@ -1,6 +1,4 @@
 // Launchers of the cross-entropy kernels: grid, tile and vector width from shape and layout, nothing from the device.
-#include <algorithm>
-
 #include "core/launch.cuh"
 #include "ops/assignment_cross_entropy/assignment_cross_entropy_cuda.cuh"
 
@@ -16,22 +14,8 @@ using cross_entropy::Ranges;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Some 1024 blocks, enough to fill a large GPU, each with at least 4096 columns (two steps of 8 for every thread),
-// which keep the sums over the block small beside the reading. blocks: those without ranges.
-Ranges ranges_of(int64_t prototypes, int64_t blocks, int64_t crop_tiles, int64_t view_tiles) {
-  const int64_t wanted = divide_up(1024, std::max<int64_t>(1, blocks));
-  const int64_t ranges = std::clamp<int64_t>(wanted, 1, divide_up(prototypes, 4096));
-  const int64_t columns = divide_up(divide_up(prototypes, ranges), kThreads * 8) * kThreads * 8;
-  return {divide_up(prototypes, columns), columns, crop_tiles, view_tiles};
-}
-
-int64_t image_tiles(int64_t crops, int64_t views, int64_t images) {
-  return crops == 1 && views == 1 ? divide_up(images, kImages) : images;
-}
-
-Ranges forward_ranges(int64_t crops, int64_t views, int64_t images, int64_t prototypes) {
-  const int64_t crop_tiles = divide_up(crops, kCrops), view_tiles = divide_up(views, kViews);
-  return ranges_of(prototypes, image_tiles(crops, views, images) * crop_tiles * view_tiles, crop_tiles, view_tiles);
+CrossEntropyPlan plan_of(const AssignmentProblem& problem) {
+  return cross_entropy_plan(problem.student.crops, problem.teacher.crops, problem.images, problem.prototypes);
 }
 
 bool aligned(const void* data, int64_t crop_stride, int64_t row_stride, int64_t width) {
@@ -63,20 +47,21 @@ int with_width(const AssignmentProblem& problem, Aligned also_aligned, Launch la
 }  // namespace
 
 int64_t assignment_cross_entropy_workspace_cuda(int64_t crops, int64_t views, int64_t images, int64_t prototypes) {
-  const int64_t ranges = forward_ranges(crops, views, images, prototypes).ranges;
+  const int64_t ranges = cross_entropy_plan(crops, views, images, prototypes).forward.ranges;
   return images * (ranges * (crops * (2 + views) + views) + crops * views);
 }
 
 int assignment_cross_entropy_cuda(const AssignmentCrossEntropy& args, void* stream) {
   const AssignmentProblem& problem = args.problem;
   const int64_t crops = problem.student.crops, views = problem.teacher.crops, images = problem.images;
-  const Ranges work = forward_ranges(crops, views, images, problem.prototypes);
+  const CrossEntropyPlan plan = plan_of(problem);
+  const Ranges& work = plan.forward;
   const auto anything = [](int64_t) { return true; };
-  const int64_t blocks = image_tiles(crops, views, images) * work.ranges * work.crop_tiles * work.view_tiles;
   int status = with_width(problem, anything, [&]<Element E, int N>() {
     auto run = [&]<int Images, int Crops, int Views>() {
-      const Shape shape{
-          .x = blocks, .threads = kThreads, .shared_bytes = Images * (Crops * (2 + Views) + Views) * kWarps * 4};
+      const Shape shape{.x = plan.forward_blocks(),
+                        .threads = kThreads,
+                        .shared_bytes = Images * (Crops * (2 + Views) + Views) * kWarps * 4};
       return launch<cross_entropy::forward_partial<E, N, Images, Crops, Views>>(shape, stream, args, work);
     };
     return crops == 1 && views == 1 ? run.template operator()<kImages, 1, 1>()
@@ -94,15 +79,15 @@ int assignment_cross_entropy_backward_cuda(const AssignmentCrossEntropyBackward&
   const AssignmentProblem& problem = args.problem;
   const int64_t crops = problem.student.crops, views = problem.teacher.crops;
   if (crops == 0) return 0;
-  const int64_t tiles = image_tiles(crops, views, problem.images);
-  const Ranges work = ranges_of(problem.prototypes, tiles, 1, 1);
+  const CrossEntropyPlan plan = plan_of(problem);
+  const Ranges& work = plan.backward;
   const auto gradient_aligned = [&](int64_t width) {
     return aligned(args.gradient, args.gradient_crop_stride, args.gradient_row_stride, width);
   };
   return with_width(problem, gradient_aligned, [&]<Element E, int N>() {
     auto run = [&]<int Images, int Crops, int Views>() {
       const Shape shape{
-          .x = tiles * work.ranges, .threads = kThreads, .shared_bytes = int(Images * crops * (3 + views) * 4)};
+          .x = plan.backward_blocks(), .threads = kThreads, .shared_bytes = int(Images * crops * (3 + views) * 4)};
       return launch<cross_entropy::backward<E, N, Images, Crops, Views>>(shape, stream, args, work);
     };
     if (views < 1 || views > kViews) return run.template operator()<1, 1, 0>();

@@ -20,23 +20,18 @@
 #include "core/log_sum.cuh"
 #include "core/primitives.cuh"
 #include "ops/assignment_cross_entropy/assignment_cross_entropy.h"
+#include "ops/assignment_cross_entropy/assignment_cross_entropy_plan.h"
 
 namespace dinov3_ext {
 
 namespace cross_entropy {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
-inline constexpr int kThreads = 256;
+inline constexpr int kThreads = kCrossEntropyThreads;
 inline constexpr int kWarps = kThreads / 32;
-inline constexpr int kImages = 4;             // of a block where C = A = 1
-inline constexpr int kCrops = 4, kViews = 2;  // of a block elsewhere, with one image
-// How the blocks share the work; a function of the shape alone.
-struct Ranges {
-  int64_t ranges;      // of an image's columns
-  int64_t columns;     // in a range: a multiple of kThreads * 8
-  int64_t crop_tiles;  // forward: blocks side by side for more crops and views than one block takes
-  int64_t view_tiles;
-};
+inline constexpr int kImages = kCrossEntropyImages;
+inline constexpr int kCrops = kCrossEntropyCrops, kViews = kCrossEntropyViews;
+using Ranges = CrossEntropyRanges;
 
 // Where the forward kernel's blocks leave their results: per range maxima (C, B) of the student's logits, sums (C, B)
 // relative to them, dots (C, A, B) of p and the logits less the maximum, masses (A, B) of p; behind all ranges the

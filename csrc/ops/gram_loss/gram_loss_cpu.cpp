@@ -1,4 +1,5 @@
-// Gram anchoring on the CPU, fp32 products: 4 N N D operations where PyTorch makes 8, and no matrix of similarities.
+// Gram anchoring on the CPU: 4 N N D products where PyTorch makes 8, and no matrix of similarities. Products are fp32
+// here, or of bf16 parts on AMX tiles (gram_loss_cpu_parts.cpp).
 //
 // Per strip of rows (gram_loss_plan_cpu.h):
 //   1. a task per image and column J of blocks: similarities of student and teacher (symmetric: rows I <= J), the loss,
@@ -9,100 +10,21 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
-#include <new>
 
 #include "core/cpu_tile.h"
-#include "core/cpu_variant.h"
-#include "core/cpu_vector.h"
-#include "ops/gram_loss/gram_loss.h"
-#include "ops/gram_loss/gram_loss_plan_cpu.h"
+#include "ops/gram_loss/gram_loss_cpu.h"
 
 namespace dinov3_ext {
 namespace {
 
-constexpr int64_t kBlock = kGramBlock;
+using namespace gram;
+
 constexpr int64_t kDepth = 128;        // of the width, packed at a time for similarities
 constexpr int64_t kSummed = 32;        // products summed before they join the sum
 constexpr int64_t kNarrow = 32;        // widths up to here: fp64, the few rounding errors do not average out
 constexpr int64_t kChunkColumns = 64;  // of the width, in a task of the gradient
 constexpr int64_t kGroupBlocks = 3;    // of patches, in a task of the gradient
 constexpr double kLongest = 1 / double(kGramSmallestNorm);
-
-template <class T>
-struct Buffer {  // aligned to a cache line, not initialised
-  T* data;
-  explicit Buffer(int64_t count) : data(static_cast<T*>(operator new(sizeof(T) * count, std::align_val_t(64)))) {}
-  ~Buffer() { operator delete(data, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-};
-
-struct Work {
-  const GramLoss& args;
-  const GramPlan& plan;
-  char* workspace;      // aligned
-  int64_t first_image;  // of the chunk
-  int64_t images;       // in the chunk
-  int64_t strip;        // number of the strip
-  int64_t first, last;  // its blocks
-
-  template <class T>
-  T* part(int64_t offset, int64_t image, int64_t each) const {
-    return reinterpret_cast<T*>(workspace + offset) + image * each;
-  }
-  double* inverse_norms(int64_t image, bool teacher) const {
-    return part<double>(plan.norms, image, 2 * plan.patches) + (teacher ? plan.patches : 0);
-  }
-  float* along(int64_t image) const { return part<float>(plan.along, image, plan.patches); }
-  float* along_parts(int64_t image, int64_t column) const {
-    const int64_t rows = plan.strip_blocks * kBlock;
-    return part<float>(plan.along_parts, image, plan.blocks * rows) + column * rows;
-  }
-  float* differences(int64_t image, int64_t block) const {
-    return part<float>(plan.differences, image, plan.offset(0, plan.strip_blocks)) + plan.offset(first, block);
-  }
-  uint16_t* lows(int64_t image) const { return part<uint16_t>(plan.lows, image, plan.patches * plan.width); }
-  double* loss(int64_t image, int64_t column) const { return part<double>(plan.losses, image, plan.blocks) + column; }
-};
-
-// ---- rows of features
-
-template <Element E, int W>
-DINOV3_EXT_INLINE void read_row_of(const GramFeatures& features, int64_t image, int64_t row, int64_t begin,
-                                   int64_t count, double scale, float* to) {
-  const int64_t start = image * features.image_stride + row * features.row_stride + begin * features.column_stride;
-  const char* from = static_cast<const char*>(features.data) + start * (E == Element::float32 ? 4 : 2);
-  // In two parts, so that no error is common to a row: it would not cancel in the sums over it.
-  const auto high = splat<W>(float(scale)), low = splat<W>(float(scale - float(scale)));
-  if (features.column_stride == 1) {
-    int64_t k = 0;
-    for (; k + W <= count; k += W) {
-      const auto x = load_element<E, W>(from, k);
-      store<W>(to + k, x * high + x * low);
-    }
-    if (k < count) {
-      const auto x = load_element_tail<E, W>(from, k, count - k);
-      store_tail<W>(to + k, x * high + x * low, count - k);
-    }
-  } else {
-    for (int64_t k = 0; k < count; ++k) {
-      const auto x = load_element_tail<E, W>(from, k * features.column_stride, 1);
-      store_tail<W>(to + k, x * high + x * low, 1);
-    }
-  }
-}
-
-// `count` features of a row from `begin` on, times scale.
-template <int W>
-DINOV3_EXT_INLINE void read_row(const GramFeatures& features, int64_t image, int64_t row, int64_t begin, int64_t count,
-                                double scale, float* to) {
-  switch (features.element) {
-    case Element::float32: return read_row_of<Element::float32, W>(features, image, row, begin, count, scale, to);
-    case Element::bfloat16: return read_row_of<Element::bfloat16, W>(features, image, row, begin, count, scale, to);
-    case Element::float16: return read_row_of<Element::float16, W>(features, image, row, begin, count, scale, to);
-  }
-}
 
 // 1 / max(norm, 1e-12) of a row. In fp64: no error common to the row, no square out of range.
 template <int W>
@@ -155,14 +77,14 @@ DINOV3_EXT_INLINE void pack_columns(const GramFeatures& features, const double* 
 
 // Similarities of one side: rows of the strip's blocks up to `column`, columns of that block: (rows, kBlock).
 template <int W>
-DINOV3_EXT_INLINE void similarities(const Work& work, bool teacher, int64_t image, int64_t column, float* panels,
-                                    float* result) {
+DINOV3_EXT_INLINE void similarities(const Work& work, bool teacher, int64_t image, int64_t column, float* result) {
   constexpr int64_t tile = kTileRows<W>;
   const GramFeatures& features = teacher ? work.args.teacher : work.args.student;
   const double* inverse = work.inverse_norms(image, teacher);
   const int64_t patches = work.plan.patches, from = work.first_image + image;
-  const int64_t begin = work.first * kBlock, end = std::min({work.last * kBlock, (column + 1) * kBlock, patches});
-  const int64_t columns = std::min(kBlock, patches - column * kBlock);
+  const auto [begin, end, columns] = BlockPair(work, column);
+  const Buffer<float> space(kBlock * kDepth);
+  float* panels = space.data;
   alignas(64) float rows[tile * kDepth];
   for (int64_t k = 0; k < work.plan.width; k += kDepth) {
     const int64_t depth = std::min(kDepth, work.plan.width - k);
@@ -188,8 +110,7 @@ template <int W>
 DINOV3_EXT_INLINE void narrow_similarities(const Work& work, int64_t image, int64_t column, float* result,
                                            float* gaps) {
   const GramPlan& plan = work.plan;
-  const int64_t begin = work.first * kBlock, end = std::min({work.last * kBlock, (column + 1) * kBlock, plan.patches});
-  const int64_t columns = std::min(kBlock, plan.patches - column * kBlock);
+  const auto [begin, end, columns] = BlockPair(work, column);
   float block[2][kBlock][kNarrow], row[kNarrow];
   for (int64_t i = begin; i < end; ++i) {
     double sums[2][kBlock] = {};
@@ -245,18 +166,18 @@ DINOV3_EXT_INLINE float difference_row(GramClip clip, int64_t columns, int64_t d
   return sum_lanes<W>(along);
 }
 
-template <int W>
-DINOV3_EXT_INLINE void similarity_task(const Work& work, int64_t image, int64_t column) {
+// `product`: similarities of one side.
+template <int W, class Similarities>
+DINOV3_EXT_INLINE void similarity_task(const Work& work, int64_t image, int64_t column, Similarities product) {
   const GramPlan& plan = work.plan;
-  const int64_t begin = work.first * kBlock, end = std::min({work.last * kBlock, (column + 1) * kBlock, plan.patches});
-  const int64_t columns = std::min(kBlock, plan.patches - column * kBlock);
-  const int64_t rows = GramPlan::divide_up(end - begin, kTileRows<W>) * kTileRows<W>;
-  Buffer<float> panels(kBlock * kDepth), ours(rows * kBlock), gaps(rows * kBlock);
+  const auto [begin, end, columns] = BlockPair(work, column);
+  const int64_t rows = GramPlan::divide_up(end - begin, kBlock) * kBlock;  // whole tiles of any kernel
+  Buffer<float> ours(rows * kBlock), gaps(rows * kBlock);
   if (plan.width <= kNarrow) {
     narrow_similarities<W>(work, image, column, ours.data, gaps.data);
   } else {
-    similarities<W>(work, false, image, column, panels.data, ours.data);
-    similarities<W>(work, true, image, column, panels.data, gaps.data);
+    product(work, false, image, column, ours.data);
+    product(work, true, image, column, gaps.data);
     for (int64_t i = 0; i < rows * kBlock; i += W) {
       store<W>(gaps.data + i, load<W>(ours.data + i) - load<W>(gaps.data + i));
     }
@@ -308,20 +229,20 @@ DINOV3_EXT_INLINE void pack_differences(const Work& work, int64_t image, int64_t
   }
 }
 
-// Rows [row, row + rows) of the sums (rows, kChunkColumns): joined with earlier strips' shares, and either finished or
+// Rows [row, row + rows) of the sums (rows, pitch): joined with earlier strips' shares, and either finished or
 // kept for later strips.
 template <int W>
 DINOV3_EXT_INLINE void put_rows(const Work& work, int64_t image, int64_t row, int64_t rows, int64_t begin,
-                                int64_t count, float* sums) {
+                                int64_t count, float* sums, int64_t pitch) {
   const GramPlan& plan = work.plan;
   const bool finished = row < work.last * kBlock;
   const double* inverse = work.inverse_norms(image, false);
   const Element element = gram_grad_element(work.args.student.element);
   const double entries = double(plan.images) * plan.patches * plan.patches;
-  alignas(64) float x[kChunkColumns];
+  alignas(64) float x[std::max(kChunkColumns, kPartsColumns)];
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t i = row + m, at = ((work.first_image + image) * plan.patches + i) * plan.width + begin;
-    float* sum = sums + m * kChunkColumns;
+    float* sum = sums + m * pitch;
     float* wide = static_cast<float*>(work.args.grad) + at;
     uint16_t* high = static_cast<uint16_t*>(work.args.grad) + at;
     uint16_t* low = work.lows(image) + i * plan.width + begin;
@@ -365,7 +286,7 @@ DINOV3_EXT_INLINE void gradient_task(const Work& work, int64_t image, int64_t fi
   const int64_t count = std::min(kChunkColumns, plan.width - begin);
   const int64_t depth_last = in_strip ? plan.blocks : work.last;
   const double* inverse = work.inverse_norms(image, false);
-  Buffer<float> panels(kBlock * kChunkColumns), sums((last - first) * kBlock * kChunkColumns);
+  const Buffer<float> panels(kBlock * kChunkColumns), sums((last - first) * kBlock * kChunkColumns);
   alignas(64) float left[tile * kBlock + 16], row[kChunkColumns];
   std::fill(row, row + kChunkColumns, 0.f);
   for (int64_t k = work.first; k < depth_last; ++k) {
@@ -395,7 +316,7 @@ DINOV3_EXT_INLINE void gradient_task(const Work& work, int64_t image, int64_t fi
     }
   }
   const int64_t row_end = std::min(last * kBlock, plan.patches);
-  put_rows<W>(work, image, first * kBlock, row_end - first * kBlock, begin, count, sums.data);
+  put_rows<W>(work, image, first * kBlock, row_end - first * kBlock, begin, count, sums.data, kChunkColumns);
 }
 
 // ---- one set of functions per instruction set ----
@@ -404,32 +325,49 @@ struct Kernels {
   double (*inverse_norm)(const GramFeatures&, int64_t image, int64_t row, int64_t width);
   void (*similarities)(const Work&, int64_t image, int64_t column);
   void (*gradient)(const Work&, int64_t image, int64_t first, int64_t last, int64_t begin);
+  int64_t gradient_columns;  // of the width, in a task
 };
 
 #define KERNELS_OF(TARGET, NAME, W)                                                                            \
   TARGET double inverse_norm_##NAME(const GramFeatures& features, int64_t image, int64_t row, int64_t width) { \
     return inverse_norm<W>(features, image, row, width);                                                       \
   }                                                                                                            \
+  TARGET void one_side_##NAME(const Work& work, bool teacher, int64_t image, int64_t column, float* result) {  \
+    similarities<W>(work, teacher, image, column, result);                                                     \
+  }                                                                                                            \
   TARGET void similarities_##NAME(const Work& work, int64_t image, int64_t column) {                           \
-    similarity_task<W>(work, image, column);                                                                   \
+    similarity_task<W>(work, image, column, one_side_##NAME);                                                  \
   }                                                                                                            \
   TARGET void gradient_##NAME(const Work& work, int64_t image, int64_t first, int64_t last, int64_t begin) {   \
     gradient_task<W>(work, image, first, last, begin);                                                         \
   }                                                                                                            \
-  constexpr Kernels kKernels_##NAME{inverse_norm_##NAME, similarities_##NAME, gradient_##NAME};
+  constexpr Kernels kKernels_##NAME{inverse_norm_##NAME, similarities_##NAME, gradient_##NAME, kChunkColumns};
 
 KERNELS_OF(, portable, 4)
 #if defined(__x86_64__)
 KERNELS_OF(DINOV3_EXT_AVX2, avx2, 8)
 KERNELS_OF(DINOV3_EXT_AVX512, avx512, 16)
+
+DINOV3_EXT_AVX512 void similarities_with_amx(const Work& work, int64_t image, int64_t column) {
+  similarity_task<16>(work, image, column, similarities_amx);
+}
+DINOV3_EXT_AVX512 void gradient_with_amx(const Work& work, int64_t image, int64_t first, int64_t last, int64_t begin) {
+  const int64_t count = std::min(kPartsColumns, work.plan.width - begin);
+  const int64_t rows = std::min(last * kBlock, work.plan.patches) - first * kBlock;
+  const Buffer<float> sums((last - first) * kBlock * kPartsColumns);
+  gradient_sums_amx(work, image, first, last, begin, count, sums.data);
+  put_rows<16>(work, image, first * kBlock, rows, begin, count, sums.data, kPartsColumns);
+}
+constexpr Kernels kKernels_amx{inverse_norm_avx512, similarities_with_amx, gradient_with_amx, kPartsColumns};
 #endif
 
 const Kernels& kernels_here() {
 #if defined(__x86_64__)
-  if (cpu_variant() >= CpuVariant::avx512) return kKernels_avx512;
-  if (cpu_variant() >= CpuVariant::avx2) return kKernels_avx2;
-#endif
+  if (cpu_variant() == CpuVariant::amx) return kKernels_amx;
+  return choose_by_variant(kKernels_portable, kKernels_avx2, kKernels_avx512);
+#else
   return kKernels_portable;
+#endif
 }
 
 struct Task {
@@ -472,9 +410,10 @@ void join_along(const Work& work) {
 void gradient_tasks(int64_t begin, int64_t end, void* context) {
   const Task& task = *static_cast<const Task*>(context);
   const Work& work = task.work;
-  const int64_t chunks = GramPlan::divide_up(work.plan.width, kChunkColumns), groups = task.each / chunks;
+  const int64_t each = task.kernels.gradient_columns;
+  const int64_t chunks = GramPlan::divide_up(work.plan.width, each), groups = task.each / chunks;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t group = i % groups, column = i / groups % chunks * kChunkColumns;
+    const int64_t group = i % groups, column = i / groups % chunks * each;
     const int64_t first = group == 0 ? work.first : work.last + (group - 1) * kGroupBlocks;
     const int64_t last = group == 0 ? work.last : std::min(first + kGroupBlocks, work.plan.blocks);
     task.kernels.gradient(work, i / task.each, first, last, column);
@@ -502,7 +441,7 @@ void gram_loss_cpu(const GramLoss& args, ParallelFor parallel_for) {
       parallel_for(0, work.images * task.each, similarities_tasks, &task);
       if (!plan.gradient) continue;
       join_along(work);
-      task.each = GramPlan::divide_up(plan.width, kChunkColumns) *
+      task.each = GramPlan::divide_up(plan.width, kernels.gradient_columns) *
                   (1 + GramPlan::divide_up(plan.blocks - work.last, kGroupBlocks));
       parallel_for(0, work.images * task.each, gradient_tasks, &task);
     }

@@ -92,11 +92,12 @@ __device__ __forceinline__ void add_products(float (&sums)[NT][4], const uint32_
 
 __device__ __forceinline__ int triangle(int n) { return int(int64_t(n) * (n + 1) / 2); }
 
-// Row and column of tile `index` of a lower triangle, row by row.
+// Row and column of tile `index` >= 0 of a lower triangle, row by row: the row's bits one after another, in integers,
+// so that a static verifier can follow it. Rows stay below 2^15 (kGramMostPatches / 128).
 __device__ __forceinline__ void triangle_place(int index, int& row, int& column) {
-  row = int(sqrtf(2.f * float(index)));
-  while (triangle(row) > index) --row;
-  while (triangle(row + 1) <= index) ++row;
+  row = 0;
+#pragma unroll
+  for (int bit = 1 << 15; bit; bit >>= 1) row += triangle(row + bit) <= index ? bit : 0;
   column = index - triangle(row);
 }
 

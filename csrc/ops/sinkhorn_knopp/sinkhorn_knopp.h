@@ -9,6 +9,9 @@
 // In step 3 no maximum over the samples is needed: after step 2 each column sums to one, so after step 3 its largest
 // entry is at least 1 / (rows K), far from underflow.
 //
+// Where no other rank is asked, a whole iteration is one step that reads the logits once: the finished columns of a few
+// neighbouring prototypes give these prototypes' share of the row sums at once.
+//
 // Sums are fp32 in an order that depends on the shape alone: not on threads, not on the GPU. Offsets are int64.
 #pragma once
 
@@ -55,14 +58,28 @@ struct SinkhornRowSums {
   float* sums;           // out (prototypes,), or null together with `partial`
 };
 
+struct SinkhornIteration {
+  SinkhornLogits logits;
+  bool first;      // nothing is known: rows count as zero
+  float* partial;  // workspace of sinkhorn_shares_cpu or _cuda floats
+  float* rows;     // (rows,) in unless `first`; out
+  float* columns;  // (prototypes,) in unless `first`: of the iteration before; out
+};
+
+// Rows for which a CPU takes the iteration in one step; more are faster row by row (a page of the logits each): 4915 x
+// 8192 bf16 60 against 120 ms of one core.
+inline constexpr int64_t kSinkhornMostRowsCpu = 1024;
+
+int64_t sinkhorn_shares_cpu(const SinkhornLogits& logits);
+void sinkhorn_iteration_cpu(const SinkhornIteration& args, ParallelFor parallel_for);
 int64_t sinkhorn_splits_cpu(int64_t rows);
 void sinkhorn_column_sums_cpu(const SinkhornColumnSums& args, ParallelFor parallel_for);
 void sinkhorn_finish_cpu(const SinkhornFinish& args, ParallelFor parallel_for);
 void sinkhorn_row_sums_cpu(const SinkhornRowSums& args, ParallelFor parallel_for);
 
 // Launchers: enqueue on `stream` (a cudaStream_t), return a cudaError_t as int, never wait.
-int64_t sinkhorn_splits_cuda(int64_t rows, int64_t prototypes);  // of the rows, in steps over columns
-int64_t sinkhorn_ranges_cuda(int64_t rows, int64_t prototypes);  // of the columns, in steps over rows
+int64_t sinkhorn_shares_cuda(const SinkhornLogits& logits);
+int sinkhorn_iteration_cuda(const SinkhornIteration& args, void* stream);
 int sinkhorn_column_sums_cuda(const SinkhornColumnSums& args, void* stream);
 int sinkhorn_finish_cuda(const SinkhornFinish& args, void* stream);
 int sinkhorn_row_sums_cuda(const SinkhornRowSums& args, void* stream);

@@ -1,5 +1,7 @@
-// Sinkhorn-Knopp on the CPU. Each round reads the logits once: a row's exponentials stay in the cache between its sum
-// and its share of the column sums. Work is cut by shape, never by the number of threads.
+// Sinkhorn-Knopp on the CPU. Each round reads the logits once and makes one exponential of each: one rank alone takes
+// all rows of some columns, whose exponentials stay in the cache between the columns' sums and their share of the
+// rows'; ranks that exchange in between take rows, whose exponentials stay between their sum and their share of the
+// column sums, behind a first step over columns. Work is cut by shape, never by the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -130,6 +132,18 @@ DINOV3_EXT_INLINE float row_maximum(const SinkhornLogits& logits, const void* ro
   return highest;
 }
 
+// The sum of exp2(scale x + log2(e) columns + shift) over one row, and the shift with which it is a normal number.
+template <Element E, int W>
+DINOV3_EXT_INLINE float whole_row_sum(const SinkhornLogits& logits, int64_t row, const float* columns, float& shift,
+                                      float* exponentials) {
+  const void* x = row_of(logits, row);
+  const float sum = row_sum<E, W>(logits, x, columns, shift, exponentials);
+  if (sum >= kSmallest && sum <= kLargest) return sum;
+  const float maximum = row_maximum<E, W>(logits, x, columns);
+  shift = maximum > -std::numeric_limits<float>::infinity() ? -maximum : 0.f;
+  return row_sum<E, W>(logits, x, columns, shift, exponentials);
+}
+
 // sums (+)= the sum over `Rows` rows of factors[i] exponentials[i].
 template <int W, int Rows>
 DINOV3_EXT_INLINE void add_scaled(float* sums, const float* exponentials, int64_t pitch, const float* factors,
@@ -164,15 +178,9 @@ DINOV3_EXT_INLINE void row_block(const SinkhornRowSums& args, int64_t begin, int
     const int64_t rows = std::min(group, end - first);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = first + i;
-      const void* x = row_of(logits, row);
       float* kept = partial ? exponentials + i * pitch : nullptr;
       float shift = args.previous[row] * kLog2E;
-      float sum = row_sum<E, W>(logits, x, args.columns, shift, kept);
-      if (!(sum >= kSmallest && sum <= kLargest)) {
-        const float maximum = row_maximum<E, W>(logits, x, args.columns);
-        shift = maximum > -std::numeric_limits<float>::infinity() ? -maximum : 0.f;
-        sum = row_sum<E, W>(logits, x, args.columns, shift, kept);
-      }
+      const float sum = whole_row_sum<E, W>(logits, row, args.columns, shift, kept);
       args.rows[row] = shift * kLn2 - std::log(sum);
       factors[i] = 1.f / sum;
     }
@@ -208,30 +216,191 @@ DINOV3_EXT_INLINE void join(const SinkhornRowSums& args, int64_t splits, int64_t
   }
 }
 
+// ---- one rank alone: a tile of columns, all rows; the columns' potentials and their share of the row sums ----
+
+constexpr int64_t kTileExponentials = 1 << 17;  // 512 KB
+constexpr int64_t kRowsTogether = 4;            // that share the loads of the columns' numbers
+
+// Columns of a tile: a multiple of every 2W.
+int64_t columns_of_iteration(const SinkhornLogits& logits) {
+  const int64_t by_cache = kTileExponentials / std::max<int64_t>(1, logits.rows) / 64 * 64;
+  const int64_t by_tasks = divide_up(logits.prototypes, 16 * 64) * 64;
+  return std::clamp<int64_t>(std::min(by_cache, by_tasks), 64, 4096);
+}
+
+template <Element E, int W>
+DINOV3_EXT_INLINE Two<W> load_two_of_row(const void* row, int64_t k, int64_t count) {
+  return count >= 2 * W ? load_two<E, W>(row, k) : load_two_tail<E, W>(row, k, count);
+}
+
+// maxima[k] (in units of log2, in the order of load_two) of the columns [begin, begin + count).
+template <Element E, int W>
+DINOV3_EXT_INLINE void tile_maxima(const SinkhornLogits& logits, int64_t begin, int64_t count, float* maxima) {
+  for (int64_t k = 0; k < count; k += 2 * W) {
+    store<W>(maxima + k, splat<W>(-std::numeric_limits<float>::infinity()));
+    store<W>(maxima + k + W, splat<W>(-std::numeric_limits<float>::infinity()));
+  }
+  for (int64_t b = 0; b < logits.rows; b += kRowsTogether) {
+    const int64_t rows = std::min(kRowsTogether, logits.rows - b);
+    for (int64_t k = 0; k < count; k += 2 * W) {
+      auto first = load<W>(maxima + k), second = load<W>(maxima + k + W);
+      for (int64_t i = 0; i < rows; ++i) {
+        const Two<W> x = load_two_of_row<E, W>(row_of(logits, b + i), begin + k, count - k);
+        if (b + i + kRowsTogether < logits.rows) {
+          prefetch_two<E, W>(row_of(logits, b + i + kRowsTogether), begin + k);
+        }
+        first = larger<W>(first, x.first * logits.scale), second = larger<W>(second, x.second * logits.scale);
+      }
+      store<W>(maxima + k, first), store<W>(maxima + k + W, second);
+    }
+  }
+}
+
+// exponentials (Rows, pitch) = exp2(scale x + log2(e) columns + log2(e) rows), and their sums over all rows so far.
+template <Element E, int W, int Rows>
+DINOV3_EXT_INLINE void tile_exponentials(const SinkhornLogits& logits, int64_t row, int64_t begin, int64_t count,
+                                         const float* shifts, const float* columns, float* sums, float* exponentials,
+                                         int64_t pitch) {
+  const bool more = row + 2 * Rows <= logits.rows;
+  for (int64_t k = 0; k < count; k += 2 * W) {
+    const auto c = load<W>(columns + k), d = load<W>(columns + k + W);
+    auto first = load<W>(sums + k), second = load<W>(sums + k + W);
+    for (int i = 0; i < Rows; ++i) {
+      const Two<W> x = load_two_of_row<E, W>(row_of(logits, row + i), begin + k, count - k);
+      if (more) prefetch_two<E, W>(row_of(logits, row + Rows + i), begin + k);
+      const auto a = exp2_flushed<W>(exponent<W>(logits.scale, x.first, kLog2E, c, shifts[i]));
+      const auto b = exp2_flushed<W>(exponent<W>(logits.scale, x.second, kLog2E, d, shifts[i]));
+      store<W>(exponentials + i * pitch + k, a), store<W>(exponentials + i * pitch + k + W, b);
+      first += a, second += b;
+    }
+    store<W>(sums + k, first), store<W>(sums + k + W, second);
+  }
+}
+
+// shares[i] = sum over k of exponentials[i][k] factors[k].
+template <int W, int Rows>
+DINOV3_EXT_INLINE void tile_shares(const float* exponentials, int64_t pitch, const float* factors, int64_t count,
+                                   float* shares) {
+  typename Vector<W>::Float sum[Rows];
+  for (int i = 0; i < Rows; ++i) sum[i] = splat<W>(0.f);
+  for (int64_t k = 0; k < count; k += W) {
+    const auto factor = load<W>(factors + k);
+    for (int i = 0; i < Rows; ++i) sum[i] += load<W>(exponentials + i * pitch + k) * factor;
+  }
+  for (int i = 0; i < Rows; ++i) shares[i] = sum_lanes<W>(sum[i]);
+}
+
+// Columns [begin, end): their potentials, and their shares of the rows' sums to `shares` (rows,). `space`: three floats
+// for each column of a tile, then the exponentials.
+template <Element E, int W>
+DINOV3_EXT_INLINE void iteration_tile(const SinkhornIteration& args, int64_t begin, int64_t end, float* shares,
+                                      float* space) {
+  const SinkhornLogits& logits = args.logits;
+  const float infinity = std::numeric_limits<float>::infinity();
+  const int64_t count = end - begin, pitch = divide_up(count, 2 * W) * (2 * W);
+  float *columns = space, *sums = columns + pitch, *ordered = sums + pitch, *exponentials = ordered + pitch;
+  float* potentials = args.columns + begin;  // in their own order
+  // Behind the last column: -inf, whose exponentials add nothing.
+  if (args.first) {
+    tile_maxima<E, W>(logits, begin, count, sums);
+    for (int64_t k = 0; k < pitch; k += 2 * W) {
+      const Two<W> maximum{load<W>(sums + k), load<W>(sums + k + W)};
+      const auto lowest = splat<W>(-infinity), zero = splat<W>(0.f);  // -inf - -inf would be NaN
+      store_two_of<E, W>(ordered + k, {maximum.first == lowest ? zero : maximum.first * -kLn2,
+                                       maximum.second == lowest ? zero : maximum.second * -kLn2});
+    }
+  } else {
+    std::copy(potentials, potentials + count, ordered);
+  }
+  std::fill(ordered + count, ordered + pitch, -infinity);
+  for (int64_t k = 0; k < pitch; k += 2 * W) {
+    const Two<W> two = load_two_of<E, W>(ordered + k);
+    store<W>(columns + k, two.first), store<W>(columns + k + W, two.second);
+  }
+  std::fill(sums, sums + pitch, 0.f);
+  for (int64_t b = 0; b < logits.rows; b += kRowsTogether) {
+    const int64_t rows = std::min(kRowsTogether, logits.rows - b);
+    float shifts[kRowsTogether];
+    for (int64_t i = 0; i < rows; ++i) shifts[i] = args.first ? 0.f : args.rows[b + i] * kLog2E;
+    float* to = exponentials + b * pitch;
+    if (rows == kRowsTogether) {
+      tile_exponentials<E, W, kRowsTogether>(logits, b, begin, count, shifts, columns, sums, to, pitch);
+      continue;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      tile_exponentials<E, W, 1>(logits, b + i, begin, count, shifts + i, columns, sums, to + i * pitch, pitch);
+    }
+  }
+  // The finished columns, and what takes the exponentials there.
+  for (int64_t k = 0; k < pitch; k += 2 * W) {
+    const auto zero = splat<W>(0.f), one = splat<W>(1.f);
+    const Two<W> sum{load<W>(sums + k), load<W>(sums + k + W)}, old{load<W>(columns + k), load<W>(columns + k + W)};
+    store<W>(sums + k, sum.first == zero ? zero : one / sum.first);
+    store<W>(sums + k + W, sum.second == zero ? zero : one / sum.second);
+    store_two_of<E, W>(ordered + k, {sum.first == zero ? zero : old.first - logarithm<W>(sum.first),
+                                     sum.second == zero ? zero : old.second - logarithm<W>(sum.second)});
+  }
+  std::copy(ordered, ordered + count, potentials);
+  for (int64_t b = 0; b < logits.rows; b += kRowsTogether) {
+    const float* from = exponentials + b * pitch;
+    const int64_t rows = std::min(kRowsTogether, logits.rows - b);
+    if (rows == kRowsTogether) {
+      tile_shares<W, kRowsTogether>(from, pitch, sums, pitch, shares + b);
+      continue;
+    }
+    for (int64_t i = 0; i < rows; ++i) tile_shares<W, 1>(from + i * pitch, pitch, sums, pitch, shares + b + i);
+  }
+}
+
+// Rows [begin, end): the potentials from all tiles' shares; anew, where the potential before was no good guess.
+template <Element E, int W>
+DINOV3_EXT_INLINE void iteration_rows(const SinkhornIteration& args, int64_t tiles, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    float shift = args.first ? 0.f : args.rows[row] * kLog2E, sum = 0;
+    for (int64_t tile = 0; tile < tiles; ++tile) sum += args.partial[tile * args.logits.rows + row];
+    if (!(sum >= kSmallest && sum <= kLargest)) {
+      sum = whole_row_sum<E, W>(args.logits, row, args.columns, shift, nullptr);
+    }
+    args.rows[row] = shift * kLn2 - std::log(sum);
+  }
+}
+
 // ---- one set of functions per instruction set ----
 
 struct Kernels {
   void (*column_tile)(const SinkhornColumnSums&, int64_t begin, int64_t end);
   void (*row_block)(const SinkhornRowSums&, int64_t begin, int64_t end, float* partial, float* exponentials);
   void (*join)(const SinkhornRowSums&, int64_t splits, int64_t begin, int64_t end);
+  void (*iteration_tile)(const SinkhornIteration&, int64_t begin, int64_t end, float* shares, float* space);
+  void (*iteration_rows)(const SinkhornIteration&, int64_t tiles, int64_t begin, int64_t end);
 };
 
-#define KERNELS_OF(TARGET, NAME, W)                                                                     \
-  template <Element E>                                                                                  \
-  TARGET void column_tile_##NAME(const SinkhornColumnSums& args, int64_t begin, int64_t end) {          \
-    column_tile<E, W>(args, begin, end);                                                                \
-  }                                                                                                     \
-  template <Element E>                                                                                  \
-  TARGET void row_block_##NAME(const SinkhornRowSums& args, int64_t begin, int64_t end, float* partial, \
-                               float* exponentials) {                                                   \
-    row_block<E, W>(args, begin, end, partial, exponentials);                                           \
-  }                                                                                                     \
-  template <Element E>                                                                                  \
-  TARGET void join_##NAME(const SinkhornRowSums& args, int64_t splits, int64_t begin, int64_t end) {    \
-    join<E, W>(args, splits, begin, end);                                                               \
-  }                                                                                                     \
-  template <Element E>                                                                                  \
-  constexpr Kernels kernels_##NAME{column_tile_##NAME<E>, row_block_##NAME<E>, join_##NAME<E>};
+#define KERNELS_OF(TARGET, NAME, W)                                                                             \
+  template <Element E>                                                                                          \
+  TARGET void column_tile_##NAME(const SinkhornColumnSums& args, int64_t begin, int64_t end) {                  \
+    column_tile<E, W>(args, begin, end);                                                                        \
+  }                                                                                                             \
+  template <Element E>                                                                                          \
+  TARGET void row_block_##NAME(const SinkhornRowSums& args, int64_t begin, int64_t end, float* partial,         \
+                               float* exponentials) {                                                           \
+    row_block<E, W>(args, begin, end, partial, exponentials);                                                   \
+  }                                                                                                             \
+  template <Element E>                                                                                          \
+  TARGET void join_##NAME(const SinkhornRowSums& args, int64_t splits, int64_t begin, int64_t end) {            \
+    join<E, W>(args, splits, begin, end);                                                                       \
+  }                                                                                                             \
+  template <Element E>                                                                                          \
+  TARGET void iteration_tile_##NAME(const SinkhornIteration& args, int64_t begin, int64_t end, float* shares,   \
+                                    float* space) {                                                             \
+    iteration_tile<E, W>(args, begin, end, shares, space);                                                      \
+  }                                                                                                             \
+  template <Element E>                                                                                          \
+  TARGET void iteration_rows_##NAME(const SinkhornIteration& args, int64_t tiles, int64_t begin, int64_t end) { \
+    iteration_rows<E, W>(args, tiles, begin, end);                                                              \
+  }                                                                                                             \
+  template <Element E>                                                                                          \
+  constexpr Kernels kernels_##NAME{column_tile_##NAME<E>, row_block_##NAME<E>, join_##NAME<E>,                  \
+                                   iteration_tile_##NAME<E>, iteration_rows_##NAME<E>};
 
 KERNELS_OF(, portable, 4)
 #if defined(__x86_64__)
@@ -239,22 +408,14 @@ KERNELS_OF(DINOV3_EXT_AVX2, avx2, 8)
 KERNELS_OF(DINOV3_EXT_AVX512, avx512, 16)
 #endif
 
-template <Element E>
-const Kernels& kernels_here() {
-#if defined(__x86_64__)
-  if (cpu_variant() >= CpuVariant::avx512) return kernels_avx512<E>;
-  if (cpu_variant() >= CpuVariant::avx2) return kernels_avx2<E>;
-#endif
-  return kernels_portable<E>;
-}
-
 const Kernels& kernels_of(Element element) {
-  switch (element) {
-    case Element::float32: return kernels_here<Element::float32>();
-    case Element::bfloat16: return kernels_here<Element::bfloat16>();
-    case Element::float16: break;
-  }
-  return kernels_here<Element::float16>();
+  return with_element(element, []<Element E>() -> const Kernels& {
+#if defined(__x86_64__)
+    return choose_by_variant(kernels_portable<E>, kernels_avx2<E>, kernels_avx512<E>);
+#else
+    return kernels_portable<E>;
+#endif
+  });
 }
 
 // Rows of one split: sixteen splits at most, and few in small problems, for each has column sums of its own. Making the
@@ -267,6 +428,40 @@ int64_t columns_of_tile(int64_t prototypes) {
 }
 
 }  // namespace
+
+int64_t sinkhorn_shares_cpu(const SinkhornLogits& logits) {
+  return logits.rows * divide_up(logits.prototypes, columns_of_iteration(logits));
+}
+
+void sinkhorn_iteration_cpu(const SinkhornIteration& args, ParallelFor parallel_for) {
+  struct Task {
+    const SinkhornIteration& args;
+    const Kernels& kernels;
+    int64_t columns, tiles;
+  } task{args, kernels_of(args.logits.element), columns_of_iteration(args.logits), 0};
+  task.tiles = divide_up(args.logits.prototypes, task.columns);
+  parallel_for(
+      0, task.tiles,
+      [](int64_t begin, int64_t end, void* context) {
+        const Task& task = *static_cast<const Task*>(context);
+        const SinkhornLogits& logits = task.args.logits;
+        const FlushDenormals flush;
+        const auto space = std::make_unique_for_overwrite<float[]>((logits.rows + 3) * task.columns);
+        for (int64_t tile = begin; tile < end; ++tile) {
+          const int64_t first = tile * task.columns, last = std::min(first + task.columns, logits.prototypes);
+          task.kernels.iteration_tile(task.args, first, last, task.args.partial + tile * logits.rows, space.get());
+        }
+      },
+      &task);
+  parallel_for(
+      0, divide_up(args.logits.rows, 64),
+      [](int64_t begin, int64_t end, void* context) {
+        const Task& task = *static_cast<const Task*>(context);
+        const FlushDenormals flush;
+        task.kernels.iteration_rows(task.args, task.tiles, begin * 64, std::min(end * 64, task.args.logits.rows));
+      },
+      &task);
+}
 
 int64_t sinkhorn_splits_cpu(int64_t rows) { return divide_up(rows, rows_of_split(rows)); }
 

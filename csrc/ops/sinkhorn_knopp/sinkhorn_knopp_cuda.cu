@@ -1,6 +1,4 @@
 // Launchers of the Sinkhorn-Knopp kernels: grid and vector width from the shape, nothing from the device.
-#include <algorithm>
-
 #include "core/launch.cuh"
 #include "ops/sinkhorn_knopp/sinkhorn_knopp_cuda.cuh"
 
@@ -13,14 +11,17 @@ using sinkhorn::kWarps;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t rows_of_split(const SinkhornLogits& logits) {
-  return divide_up(logits.rows, sinkhorn_splits_cuda(logits.rows, logits.prototypes));
+SinkhornPlan plan_of(const SinkhornLogits& logits, int width) {
+  return sinkhorn_plan(logits.rows, logits.prototypes, logits.element, width);
 }
+// Splits and ranges do not depend on the width.
+int64_t splits_of(const SinkhornLogits& logits) { return plan_of(logits, 1).splits; }
+int64_t rows_of_split(const SinkhornLogits& logits) { return divide_up(logits.rows, splits_of(logits)); }
 
 // Calls launch<element, width>() -> status; width: 16 bytes where every row of logits allows it, else 1. vector: of
 // prototypes numbers, read 16 bytes at a time too.
 template <class Launch>
-int with_width(const SinkhornLogits& logits, const float* vector, Launch launch) {
+auto with_width(const SinkhornLogits& logits, const float* vector, Launch launch) {
   auto choose = [&]<Element E>() {
     constexpr int width = kPerVector<E>;
     const bool aligned = reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 && logits.row_stride % width == 0 &&
@@ -47,21 +48,34 @@ Shape column_shape(int64_t prototypes, int width, int64_t splits, int numbers) {
 
 }  // namespace
 
-// Some 1024 blocks of 256 columns, and at least 128 rows in each, so that partial results stay small beside the logits.
-int64_t sinkhorn_splits_cuda(int64_t rows, int64_t prototypes) {
-  const int64_t wanted = std::max<int64_t>(1, 1024 / divide_up(prototypes, 256));
-  return std::clamp<int64_t>(divide_up(rows, 128), 1, std::min<int64_t>(wanted, 64));
+int64_t sinkhorn_shares_cuda(const SinkhornLogits& logits) {
+  const auto shares = [&]<Element E, int N>() { return 2 * logits.rows * plan_of(logits, N).tiles; };
+  return with_width(logits, nullptr, shares);
 }
 
-// Some 1024 blocks of kRows rows, and at least 4096 columns in each, so that the sums over a block stay small.
-int64_t sinkhorn_ranges_cuda(int64_t rows, int64_t prototypes) {
-  const int64_t wanted = divide_up(1024, std::max<int64_t>(1, divide_up(rows, kRows)));
-  return std::clamp<int64_t>(wanted, 1, divide_up(prototypes, 4096));
+int sinkhorn_iteration_cuda(const SinkhornIteration& args, void* stream) {
+  return with_width(args.logits, nullptr, [&]<Element E, int N>() {
+    const SinkhornPlan plan = plan_of(args.logits, N);
+    const Shape shape{.x = plan.tiles, .threads = kThreads, .shared_bytes = plan.shared_bytes};
+    int status;
+    if constexpr (N == 1) {
+      status = plan.kept ? launch<sinkhorn::iteration_tile<E, 1, 32, true>>(shape, stream, args)
+                         : launch<sinkhorn::iteration_tile<E, 1, 32, false>>(shape, stream, args);
+    } else {
+      status = plan.lanes == 32  ? launch<sinkhorn::iteration_tile<E, N, 32, true>>(shape, stream, args)
+               : plan.lanes == 8 ? launch<sinkhorn::iteration_tile<E, N, 8, true>>(shape, stream, args)
+               : plan.kept       ? launch<sinkhorn::iteration_tile<E, N, 4, true>>(shape, stream, args)
+                                 : launch<sinkhorn::iteration_tile<E, N, 4, false>>(shape, stream, args);
+    }
+    if (status) return status;
+    const Shape rows{.x = divide_up(args.logits.rows, kWarps), .threads = kThreads};
+    return launch<sinkhorn::iteration_rows>(rows, stream, args, plan.tiles);
+  });
 }
 
 int sinkhorn_column_sums_cuda(const SinkhornColumnSums& args, void* stream) {
   const SinkhornLogits& logits = args.logits;
-  const int64_t splits = sinkhorn_splits_cuda(logits.rows, logits.prototypes);
+  const int64_t splits = splits_of(logits);
   const int status = with_width(logits, nullptr, [&]<Element E, int N>() {
     return launch<sinkhorn::column_partial<E, N>>(column_shape(logits.prototypes, N, splits, 2), stream, args,
                                                   rows_of_split(logits));
@@ -76,7 +90,7 @@ int sinkhorn_finish_cuda(const SinkhornFinish& args, void* stream) {
 
 int sinkhorn_row_sums_cuda(const SinkhornRowSums& args, void* stream) {
   const SinkhornLogits& logits = args.logits;
-  const int64_t ranges = sinkhorn_ranges_cuda(logits.rows, logits.prototypes);
+  const int64_t ranges = plan_of(logits, 1).ranges;
   int status = with_width(logits, args.columns, [&]<Element E, int N>() {
     const int64_t step = kThreads * N, columns = divide_up(divide_up(logits.prototypes, ranges), step) * step;
     const Shape shape{
@@ -85,7 +99,7 @@ int sinkhorn_row_sums_cuda(const SinkhornRowSums& args, void* stream) {
   });
   if (!status && ranges > 1) status = launch<sinkhorn::row_combine>(one_each(logits.rows), stream, args, ranges);
   if (status || !args.partial) return status;
-  const int64_t splits = sinkhorn_splits_cuda(logits.rows, logits.prototypes);
+  const int64_t splits = splits_of(logits);
   status = with_width(logits, args.columns, [&]<Element E, int N>() {
     return launch<sinkhorn::next_partial<E, N>>(column_shape(logits.prototypes, N, splits, 1), stream, args,
                                                 rows_of_split(logits));

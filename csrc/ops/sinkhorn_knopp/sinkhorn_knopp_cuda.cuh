@@ -1,9 +1,11 @@
 // Sinkhorn-Knopp kernels, limited by memory.
 //
-// Traffic, three iterations, 16 bits: the logits are read six times (columns, then rows and next columns twice, then
-// rows), 12 bytes each, or 2 from memory and 10 from the L2 cache where they fit it (128 x 65536: 17 MB). Beside them
-// 72 bytes per column for the vectors of K numbers, and partial results of 8 or 16 bytes per column for every split of
-// at least 128 rows.
+// Traffic, three iterations, 16 bits. One rank alone: a block takes all rows of some columns, so that it knows these
+// columns' potentials without asking anybody and adds its share to the rows while the logits lie in shared memory:
+// three readings, 6 bytes a logit, 4 a column, and 16 a row and tile for the shares. Ranks that exchange in between:
+// six readings (columns, then rows and next columns twice, then rows), 12 bytes, or 2 from memory and 10 from the L2
+// cache where they fit it (128 x 65536: 17 MB). Beside them 72 bytes per column for the vectors of K numbers, and
+// partial results of 8 or 16 bytes per column for every split of at least 128 rows.
 //
 // Column kernels: a warp takes 32 N neighbouring columns (512 bytes of a row) and every eighth row of its block's
 // split, so that 65536 columns alone make 256 blocks, and few rows need no splits. Row kernel: a block takes kRows rows
@@ -20,14 +22,15 @@
 #include "core/log_sum.cuh"
 #include "core/primitives.cuh"
 #include "ops/sinkhorn_knopp/sinkhorn_knopp.h"
+#include "ops/sinkhorn_knopp/sinkhorn_knopp_plan.h"
 
 namespace dinov3_ext {
 namespace sinkhorn {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
-inline constexpr int kThreads = 256;
-inline constexpr int kWarps = kThreads / 32;
-inline constexpr int kRows = 4;    // of a row kernel's block
+inline constexpr int kThreads = kSinkhornThreads;
+inline constexpr int kWarps = kSinkhornWarps;
+inline constexpr int kRows = kSinkhornRows;
 inline constexpr int kAtOnce = 4;  // rows whose loads a column kernel's warp has under way
 
 template <Element E>
@@ -71,10 +74,10 @@ __device__ __forceinline__ float natural_maximum(const LogSum& column, const Inv
   return column.nothing() ? -INFINITY : divide_add(column.maximum, temperature, 0.f, 0.f);
 }
 
-// Shared memory of the column kernels: float arrays of kWarps x 32 N, one float for every column a warp holds.
-template <int N>
+// Shared memory of the column kernels: float arrays of kWarps x Lanes N, one float for every column a warp holds.
+template <int N, int Lanes = 32>
 struct ColumnScratch {
-  static constexpr int kColumns = 32 * N;
+  static constexpr int kColumns = Lanes * N;
 
   // 16-byte chunks change places in pairs, so that the eight lanes of one phase of a 16-byte store, 32 bytes apart,
   // meet all banks.
@@ -95,6 +98,18 @@ struct ColumnScratch {
   }
   __device__ __forceinline__ float load(int array, int warp, int column) const {
     return load_shared<float>(address(array, warp, column));
+  }
+  // The N columns of a lane, of the first warp's.
+  __device__ __forceinline__ void load_own(int array, int lane, float (&values)[N]) const {
+    if constexpr (N == 1) {
+      values[0] = load(array, 0, lane);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; i += 4) {
+        const float4 four = load_shared<float4>(address(array, 0, lane * N + i));
+        values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
+      }
+    }
   }
 };
 
@@ -283,6 +298,140 @@ __global__ void __launch_bounds__(kThreads) next_combine(SinkhornRowSums args, i
   float sum = 0.f;
   for (int64_t split = 0; split < splits; ++split) sum += load_global(args.partial + split * prototypes + k);
   store_global(args.sums + k, sum);
+}
+
+// ---- one rank alone: an iteration in one reading ----
+
+// grid (tiles): all rows of Lanes N columns. Writes the columns' potentials, -log sum_b exp(x / temperature + rows[b]),
+// and each row's share of the next sums to partial (rows, tiles): maximum and sum of exp(x / temperature + columns[k]).
+// A thread meets the same elements in both parts: no barrier for those in shared memory.
+// Shared memory: two floats for each of kWarps Lanes N columns, one for each column, and with Kept the elements.
+template <Element E, int N, int Lanes, bool Kept>
+__global__ void __launch_bounds__(kThreads) iteration_tile(SinkhornIteration args) {
+  using Elements = typename Packed<E, N>::Type;
+  constexpr int kTogether = 32 / Lanes, kGroups = kWarps * kTogether;  // rows of a warp, of a block
+  const SinkhornLogits& logits = args.logits;
+  const ColumnScratch<N, Lanes> scratch;
+  constexpr int kColumns = Lanes * N;
+  const uint32_t kept = shared_base() + (2 * kWarps + 1) * kColumns * 4;
+  // Through a shuffle, so that the compiler, too, knows the warp's number to be the same for all lanes.
+  const int warp = shuffle(warp_index(), 0), lane = lane_index() % Lanes;
+  const int64_t k = block_index<0>() * kColumns + lane * N;
+  const int64_t own = warp * kTogether + lane_index() / Lanes;
+  const bool inside = k < logits.prototypes;
+  const auto place = [&](int64_t row) { return kept + uint32_t((row * Lanes + lane) * int64_t(sizeof(Elements))); };
+
+  LogSum state[N];
+  for (int64_t row = own; inside && row < logits.rows; row += kAtOnce * kGroups) {
+    Elements packed[kAtOnce];
+    float potential[kAtOnce], x[kAtOnce][N];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t at = row + j * kGroups;
+      if (at < logits.rows) {
+        packed[j] = load_packed<E, N>(row_of<E>(logits, at) + k);
+        potential[j] = args.first ? 0.f : load_global(args.rows + at);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t at = row + j * kGroups;
+      if (at < logits.rows) {
+        if constexpr (Kept) store_shared(place(at), packed[j]);
+        widen_packed<E, N>(packed[j], x[j]);
+#pragma unroll
+        for (int i = 0; i < N; ++i) x[j][i] = divide_add(x[j][i], logits.inverse, potential[j], 0.f);
+      } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) x[j][i] = -INFINITY;  // adds nothing
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      float column[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) column[j] = x[j][i];
+      state[i].add(column, kLog2E);
+    }
+  }
+  float maximum[N], sum[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+#pragma unroll
+    for (int mask = Lanes; mask < 32; mask *= 2) {
+      LogSum other;
+      other.maximum = shuffle_xor(state[i].maximum, mask), other.sum = shuffle_xor(state[i].sum, mask);
+      state[i].merge(other, kLog2E);
+    }
+    maximum[i] = state[i].maximum, sum[i] = state[i].sum;
+  }
+  if (lane_index() < Lanes) {
+    scratch.store(0, maximum);
+    scratch.store(1, sum);
+  }
+  block_barrier();
+  if (thread_index() < kColumns) {
+    const int column = thread_index();
+    const int64_t index = block_index<0>() * kColumns + column;
+    LogSum total;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      LogSum one;
+      one.maximum = scratch.load(0, w, column), one.sum = scratch.load(1, w, column);
+      total.merge(one, kLog2E);
+    }
+    const float potential = total.sum == 0.f ? 0.f : -total.maximum - logf(total.sum);
+    if (index < logits.prototypes) store_global(args.columns + index, potential);
+    store_shared(scratch.address(2, 0, column), potential);
+  }
+  block_barrier();
+
+  float column[N];
+  scratch.load_own(2, lane, column);
+  for (int64_t first = warp * kTogether; first < logits.rows; first += kAtOnce * kGroups) {
+    const int64_t row = first + lane_index() / Lanes;
+    LogSum share[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t at = row + j * kGroups;
+      if (inside && at < logits.rows) {
+        float x[N];
+        if constexpr (Kept) {
+          widen_packed<E, N>(load_shared<Elements>(place(at)), x);
+        } else {
+          load_elements<E, N>(row_of<E>(logits, at) + k, x);
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) x[i] = divide_add(x[i], logits.inverse, column[i], 0.f);
+        share[j].add(x, kLog2E);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      share[j].template reduce_over_lanes<Lanes>(kLog2E);
+      const int64_t at = row + j * kGroups;
+      if (lane == 0 && at < logits.rows) {
+        store_global(reinterpret_cast<float2*>(args.partial) + at * grid_size<0>() + block_index<0>(),
+                     float2{share[j].maximum, share[j].sum});
+      }
+    }
+  }
+}
+
+// A warp for each row: the tiles' shares, in an order that depends on their number alone.
+__global__ void __launch_bounds__(kThreads) iteration_rows(SinkhornIteration args, int64_t tiles) {
+  const int64_t row = block_index<0>() * kWarps + shuffle(warp_index(), 0);
+  if (row >= args.logits.rows) return;
+  const float2* shares = reinterpret_cast<const float2*>(args.partial) + row * tiles;
+  LogSum total;
+  for (int64_t tile = lane_index(); tile < tiles; tile += 32) {
+    const float2 share = load_global(shares + tile);
+    LogSum one;
+    one.maximum = share.x, one.sum = share.y;
+    total.merge(one, kLog2E);
+  }
+  total.reduce_over_warp(kLog2E);
+  if (lane_index() == 0) store_global(args.rows + row, -total.maximum - logf(total.sum));
 }
 
 }  // namespace sinkhorn
