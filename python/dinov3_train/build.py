@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from . import schedule
-from .config import Config, Gram, from_yaml, to_yaml
+from .config import Config, Gram, Optimizer, from_yaml, to_yaml
 from .data.batch import CropBatch
 from .data.loader import UnreadableCount, make_loader
 from .data.mixture import draw_counts, mixture_lines, open_data
@@ -272,7 +272,7 @@ def step_values(config: Config, step: int) -> StepValues:
     return StepValues(
         learning_rate=rate,
         prototype_rate=0.0 if step < rules.freeze_prototypes else rate,
-        backbone_rate=rate * _thawed(step, frozen=rules.freeze_backbone or 0, ramp=rules.backbone_ramp or 0),
+        backbone_rate=rate * _backbone_share(rules, step),
         weight_decay=over_run(rules.weight_decay, rules.weight_decay_end),
         momentum=over_run(rules.momentum, rules.momentum_end),
         teacher_temperature=schedule.linear(
@@ -286,9 +286,10 @@ def step_values(config: Config, step: int) -> StepValues:
     )
 
 
-def _thawed(step: int, *, frozen: int, ramp: int) -> float:
-    """Share of the learning rate that the backbone takes: 0 while frozen, then linear to 1 over `ramp` steps."""
-    return 0.0 if step < frozen else schedule.linear(step + 1 - frozen, start=0.0, end=1.0, steps=ramp)
+def _backbone_share(rules: Optimizer, step: int) -> float:
+    """Share of the learning rate that the backbone takes: 0 while frozen, then linear to `backbone_rate`."""
+    frozen, ramp = rules.freeze_backbone or 0, rules.backbone_ramp or 0
+    return 0.0 if step < frozen else schedule.linear(step + 1 - frozen, start=0.0, end=rules.backbone_rate, steps=ramp)
 
 
 def _part_weights(config: Config, step: int) -> dict[str, float]:

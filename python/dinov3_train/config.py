@@ -222,6 +222,7 @@ class Optimizer:
     patch_embed_multiplier: float = 0.2
     clip: float | None = 3.0  # per module: backbone, DINO head, iBOT head
     freeze_prototypes: int = 0  # steps in which the last layer of the heads does not move
+    backbone_rate: float = 1.0  # the backbone's learning rate as a share of the heads'
     # steps in which the heads learn alone; null: a twentieth of the run, at least `warmup`, where imported weights get
     # fresh heads, else none
     freeze_backbone: int | None = None

@@ -32,6 +32,7 @@ def refinement(pretraining: Config) -> Config:
         crops=replace(pretraining.crops, gram_size=2 * pretraining.crops.global_size),
         gram=Gram(weight=GRAM_WEIGHT, ramp=steps // 200, refresh_every=max(steps // 20, 1), refreshes=3),
         start=Start(student="student", optimizer=True),
+        init=replace(pretraining.init, weights=None, architecture="recipe"),  # the run has them; their licence stays
         losses=replace(
             pretraining.losses,
             teacher_temperature_start=pretraining.losses.teacher_temperature,
@@ -51,6 +52,8 @@ def refinement(pretraining: Config) -> Config:
             momentum=max(last.momentum, min(last.momentum_end or 0.0, 0.999)),
             momentum_end=None,
             freeze_prototypes=0,
+            freeze_backbone=0,
+            backbone_ramp=0,
         ),
         run=replace(
             pretraining.run,
@@ -59,6 +62,7 @@ def refinement(pretraining: Config) -> Config:
             seed=pretraining.run.seed + 1,  # other images first, other crops
             checkpointing="none" if pretraining.run.checkpointing == "none" else "full",
             history_every=0,
+            drift_every=0,
         ),
     )
 

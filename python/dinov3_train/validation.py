@@ -113,6 +113,14 @@ def check_settings(config: Config, world_size: int) -> None:
             f"monitor.images: expected at least 2, got {config.monitor.images} (monitor.every=0: no monitor)"
         )
     _check_gram(config)
+    for key, value in (
+        ("optimizer.freeze_backbone", config.optimizer.freeze_backbone),
+        ("optimizer.backbone_ramp", config.optimizer.backbone_ramp),
+        ("optimizer.backbone_rate", config.optimizer.backbone_rate),
+        ("run.drift_every", run.drift_every),
+    ):
+        if value is not None and value < 0:
+            raise ValueError(f"{key}: expected at least 0, got {value}")
     if not 0.0 <= config.backbone.drop_path < 1.0:
         raise ValueError(f"backbone.drop_path: expected a rate in [0, 1), got {config.backbone.drop_path}")
     if len(config.data.labelled) not in (0, 2):

@@ -78,19 +78,9 @@ def from_folder(folder: Path, *, origin: str, licence: str | None = None) -> Res
 def resolved(parts: Parts, stated: Stated, own: About | None, *, origin: str) -> Resolved:
     """Model and facts together; what this package wrote itself goes before what surrounds the weights."""
     try:
-        if parts.convnext:
-            found = recognised_convnext(parts.backbone)
-        else:
-            found = recognised(parts.backbone, head_width=stated.head_width or parts.head_width, base=parts.base)
+        found = own.architecture if own is not None else _architecture(parts, stated)
     except ValueError as error:
         raise ValueError(f"{origin}: {str(error).removeprefix('weights: ')}") from error
-    if own is not None:
-        found = own.architecture
-    elif stated.architecture is not None:
-        untied = {} if parts.convnext else {"untie_local_cls_norm": found.untie_local_cls_norm}
-        found = replace(stated.architecture, **untied)
-    elif stated.norm_eps is not None:
-        found = replace(found, norm_eps=stated.norm_eps)
     facts = own or stated
     mean, std = statistics(origin, parts)
     return Resolved(
@@ -103,6 +93,16 @@ def resolved(parts: Parts, stated: Stated, own: About | None, *, origin: str) ->
         origin=origin if own is None else f"{origin}, exported from {own.origin}",
         licence=facts.licence or licences.of_release(origin),
     )
+
+
+def _architecture(parts: Parts, stated: Stated) -> Architecture:
+    """As stated, else as recognised; a local norm, which no configuration tells, as the weights have it."""
+    if parts.convnext:
+        return stated.architecture or recognised_convnext(parts.backbone)
+    if stated.architecture is not None:
+        return replace(stated.architecture, untie_local_cls_norm="local_cls_norm.weight" in parts.backbone)
+    found = recognised(parts.backbone, head_width=stated.head_width or parts.head_width, base=parts.base)
+    return found if stated.norm_eps is None else replace(found, norm_eps=stated.norm_eps)
 
 
 def statistics(name: str, parts: Parts) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

@@ -45,6 +45,8 @@ def from_run(path: Path, step: int | None) -> Resolved:
         if config.start.run is not None:
             start = start_checkpoint(config)
             return replace(_from_checkpoint(config, start, f"{path}, begun with {start}"), licence=licences.OWN)
+        if config.start.run is not None:
+            return from_run(Path(config.start.run), None)
         return replace(_from_checkpoint(config, None, f"{path}, untrained"), licence=licences.OWN)
     if step is not None and step not in saved:
         raise ValueError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+from ..build import run_config
 from ..config import Config, Head
 from ..models import key_maps
 from ..train.networks import Networks
@@ -11,6 +13,7 @@ from . import resolve
 from .architecture import adopted, differences
 from .dialects import HEADS
 from .resolved import Resolved
+from .runs import run_of
 
 SHARE_FROZEN = 20  # a backbone under fresh heads is frozen for one step in so many
 HEAD_SIZES = ("hidden", "bottleneck", "prototypes", "layers")
@@ -31,6 +34,9 @@ def first_config(config: Config) -> tuple[Config, Resolved | None]:
                 f"init: recipe {config.recipe} continues from existing weights, expected init=SPEC (a run, a file, "
                 "hf:OWNER/NAME or timm:NAME), got nothing; or set init.architecture=recipe to start from random weights"
             )
+        if config.start.run is not None and init.licence is None:  # a stage after a run that began with weights
+            before = run_config(run_of(Path(config.start.run)) or config.start.run).init
+            config = replace(config, init=replace(init, origin=before.origin, licence=before.licence))
         return _with_warm_up(config, fresh_heads=False), None
     found = resolve(init.weights)
     heads = found.heads if init.heads else None
@@ -45,8 +51,8 @@ def first_config(config: Config) -> tuple[Config, Resolved | None]:
 def continued_config(config: Config, earlier: Config) -> Config:
     """The config of a run that is continued: what the weights decided when it began, without a look at them."""
     init, rules = config.init, config.optimizer
-    if init.weights is not None and init.weights == earlier.init.weights:
-        if init.architecture == "weights":
+    if init.weights == earlier.init.weights:
+        if init.weights is not None and init.architecture == "weights":
             config = replace(
                 config,
                 backbone=adopted(config.backbone, earlier.backbone),
