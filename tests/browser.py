@@ -27,19 +27,21 @@ def browser() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
-def screenshot(page: Path, picture: Path, *, width: int, height: int, dark: bool) -> list[str]:
-    """Write a PNG of the page as a reader with a window of `width` pixels sees it; the console's lines are returned.
+def screenshot(page: Path, picture: Path, *, widths: tuple[int, ...], height: int, dark: bool) -> list[str]:
+    """Write a PNG of the page as readers with windows of these widths in pixels see it, side by side.
 
-    The page is shown in a frame, since a window of Chromium cannot be narrower than 500 pixels.
+    The page is shown in frames, since a window of Chromium cannot be narrower than 500 pixels. Returns the console's
+    lines.
     """
     frame = picture.with_suffix(".frame.html")
-    frame.write_text(
-        f'<body style="margin:0"><iframe src="{escape(page.resolve().as_uri())}" '
-        f'style="border:0;width:{width}px;height:{height}px"></iframe>'
-    )
+    source = escape(page.resolve().as_uri())
+    frames = [
+        f'<iframe src="{source}" style="border:0;width:{width}px;height:{height}px"></iframe>' for width in widths
+    ]
+    frame.write_text(f'<body style="margin:0;display:flex">{"".join(frames)}')
     lines = _run(
         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        f"--window-size={max(width, 500)},{height}",
+        f"--window-size={sum(widths)},{height}",
         f"--screenshot={picture}",
         frame.resolve().as_uri(),
     )[1]

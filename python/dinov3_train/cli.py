@@ -267,6 +267,42 @@ def visualize_cosine(words: Words = None) -> None:
     run(**values)
 
 
+@visualize_app.command("attention")
+def visualize_attention(words: Words = None) -> None:
+    """Where CLS and registers look: backbone=RUN data=PATH out=FILE.png [images=8] [block=-1]."""
+    from .commands_pictures import visualize_attention as run
+
+    options = _picture_options() | {"block": Option(int, default=-1, help="number of the block; -1: the last")}
+    values, _ = word_options.read("visualize attention", words or [], options)
+    run(**values)
+
+
+@visualize_app.command("compare")
+def visualize_compare(words: Words = None) -> None:
+    """Checkpoints side by side: backbone=RUN [steps=0,400,800] [other=RUN2] data=PATH out=FILE.png [kind=pca]."""
+    from .commands_pictures import visualize_compare as run
+
+    options = _several_options() | {
+        "kind": Option(str, default="pca", help="pca, cosine or attention"),
+        "point": Option(_point, default=(0.5, 0.5), help="x,y as shares of width and height"),
+    }
+    values, _ = word_options.read("visualize compare", words or [], options)
+    run(**values)
+
+
+@visualize_app.command("click")
+def visualize_click(words: Words = None) -> None:
+    """A page on which one clicks a patch: backbone=RUN data=PATH out=PAGE.html [steps=0,800] [other=RUN2]."""
+    from .commands_pictures import visualize_click as run
+
+    options = _several_options() | {
+        "out": Option(Path, required=True, help="PAGE.html"),
+        "images": Option(int, default=12, help="how many"),
+    }
+    values, _ = word_options.read("visualize click", words or [], options)
+    run(**values)
+
+
 @app.command()
 def health(words: Words = None) -> None:
     """Label-free measures of patch features: backbone=RUN [data=PATH] [history=true] [images=16] [out=FILE.json]."""
@@ -334,6 +370,18 @@ def _picture_options() -> dict[str, Option]:
         "images": Option(int, default=8, help="how many"),
         "size": Option(int, help="short side in pixels; default: twice the recipe's global crop"),
     }
+
+
+def _several_options() -> dict[str, Option]:
+    options = {name: option for name, option in _picture_options().items() if name != "step"}
+    return options | {
+        "steps": Option(_steps, default=(), help="checkpoints of the run, commas between several; 0: its start"),
+        "other": Option(str, help="another backbone to stand beside it"),
+    }
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
 
 
 def _yes(text: str) -> bool:

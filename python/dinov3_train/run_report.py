@@ -17,12 +17,10 @@ from .commands_health import weights_at
 from .config import Config, override, to_dict, to_yaml
 from .data.decode import UnreadableImage, decode
 from .data.sources import Source, open_source
-from .evaluation.attention import prefix_attention
-from .evaluation.maps import PatchMap, cosine_map, patch_at, patch_maps, pca_colors
+from .evaluation.comparison import column, strips
 from .evaluation.monitor import history_of
-from .evaluation.pictures import colored, cosine_floor, enlarged, ringed
+from .evaluation.pictures import Strip
 from .evaluation.signatures import MEASURES, all_signs
-from .evaluation.view import to_pixels
 from .recipes import recipe
 from .report import Page, read_metrics, series
 from .train.checkpoint import saved_steps
@@ -319,85 +317,35 @@ def _pictures(page: Page, runs: Sequence[Record], count: int) -> None:
     except (ValueError, OSError) as error:
         page.text(f"No pictures: {error}.")
         return
-    columns: list[tuple[str, list[PatchMap], list[Image.Image] | None]] = []
+    columns = []
     for run in runs:
-        steps = [0, *run.checkpoints[-1:]] if len(runs) == 1 else run.checkpoints[-1:]
-        for step in steps:
+        for step in [0, *run.checkpoints[-1:]] if len(runs) == 1 else run.checkpoints[-1:]:
             found = weights_at(str(run.path), step)
-            seen_as = found.view(2 * found.size)
-            maps = patch_maps(found.backbone, images, seen_as)
             heading = ("the start" if step == 0 else f"step {step}") if len(runs) == 1 else f"{run.name}, step {step}"
-            columns.append((heading, maps, _attention(found.backbone, maps, seen_as) if step else None))
+            columns.append(column(heading, found.backbone, images, found.view(2 * found.size)))
     if not columns:
         page.text("No pictures: there is no checkpoint yet.")
         return
+    one_basis = len({one.maps[0].features.shape[-1] for one in columns}) == 1
     page.text(
         "The first three principal components of all patch features as red, green and blue. "
-        + ("One basis for all pictures: " if _one_width(columns) else "One basis for the pictures of a column: ")
+        + ("One basis for all pictures: " if one_basis else "One basis for the pictures of a column: ")
         + "equal colours mean like features."
     )
-    colors = _shared_colors(columns)
-    for number, (name, _) in enumerate(images):
-        shown = [(maps[number].image, name) for _, maps, _ in columns[:1]]
-        shown += [
-            (enlarged(column[number], maps[number].image.size, False), heading)
-            for (heading, maps, _), column in zip(columns, colors)
-        ]
-        page.row(shown)
+    _rows(page, strips(columns, kind="pca"))
     page.text("Cosine similarity of the ringed patch, the middle one, to all others; bright is similar.")
-    for number, (name, _) in enumerate(images):
-        page.row(
-            [_middle(columns[0][1][number], name), *(_cosine(maps[number], heading) for heading, maps, _ in columns)]
+    _rows(page, strips(columns, kind="cosine"))
+    attending = [one for one in columns if one.attention is not None]
+    if attending:
+        page.text(
+            "Attention of the CLS token in the last block, mean over heads, bright up to a picture's 99th percentile."
         )
-    with_attention = [(heading, pictures) for heading, _, pictures in columns if pictures is not None]
-    if with_attention:
-        page.text("Attention of the CLS token in the last block, mean over heads, bright up to its 99th percentile.")
-        for number, (name, _) in enumerate(images):
-            rows = [(pictures[number], f"attention, {heading}") for heading, pictures in with_attention]
-            page.row([(columns[0][1][number].image, name), *rows])
+        _rows(page, strips(attending, kind="attention"))
 
 
-def _attention(backbone: torch.nn.Module, maps: list[PatchMap], seen_as) -> list[Image.Image] | None:
-    if not hasattr(getattr(backbone, "blocks", [None])[0], "attn"):
-        return None
-    drawn = []
-    for entry in maps:
-        shares = prefix_attention(backbone, seen_as.normalized(to_pixels(entry.image))[None])[0, 0].mean(
-            dim=0
-        )  # (h, w)
-        high = shares.flatten().quantile(0.99).clamp_min(1e-12)  # one patch that takes it all would hide the rest
-        scaled = shares / high
-        drawn.append(enlarged(colored(scaled.numpy()), entry.image.size, False))
-    return drawn
-
-
-def _one_width(columns) -> bool:
-    return len({maps[0].features.shape[-1] for _, maps, _ in columns}) == 1
-
-
-def _shared_colors(columns) -> list[list]:
-    if not _one_width(columns):
-        return [pca_colors([entry.features for entry in maps]) for _, maps, _ in columns]
-    everything = pca_colors([entry.features for _, maps, _ in columns for entry in maps])
-    count = len(columns[0][1])
-    return [everything[start : start + count] for start in range(0, len(everything), count)]
-
-
-def _middle(entry: PatchMap, name: str) -> tuple[Image.Image, str]:
-    return ringed(entry.image, _centre(entry)), name
-
-
-def _centre(entry: PatchMap) -> tuple[float, float]:
-    row, column = patch_at(entry.grid, (0.5, 0.5))
-    height, width = entry.grid
-    return (column + 0.5) * entry.image.width / width, (row + 0.5) * entry.image.height / height
-
-
-def _cosine(entry: PatchMap, heading: str) -> tuple[Image.Image, str]:
-    cosine = cosine_map(entry.features, patch_at(entry.grid, (0.5, 0.5)))
-    low = cosine_floor([cosine])
-    shares = (cosine.numpy() - low) / max(1 - low, 1e-6)
-    return ringed(enlarged(colored(shares), entry.image.size, False), _centre(entry)), f"{heading}, {low:.2f} to 1"
+def _rows(page: Page, found: Sequence[Strip]) -> None:
+    for strip in found:
+        page.row([(tile, strip.caption if n == 0 else strip.headings[n]) for n, tile in enumerate(strip.tiles)])
 
 
 def _photographs(source: Source, count: int) -> list[tuple[str, Image.Image]]:
