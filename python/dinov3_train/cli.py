@@ -208,6 +208,30 @@ def evaluate_segment(words: Words = None) -> None:
     _evaluate("segment", words)
 
 
+@evaluate_app.command("depth")
+def evaluate_depth(words: Words = None) -> None:
+    """Linear depth, RMSE: backbone=RUN train=PATH test=PATH, maps NAME.depth.png (16-bit mm) or NAME.depth.npy (m)."""
+    _evaluate("depth", words)
+
+
+@evaluate_app.command("match")
+def evaluate_match(words: Words = None) -> None:
+    """Patch correspondence, PCK: backbone=RUN data=PATH (known warps) or pairs=FILE.json (known keypoints)."""
+    _evaluate("match", words)
+
+
+@evaluate_app.command("retrieve")
+def evaluate_retrieve(words: Words = None) -> None:
+    """Instance retrieval, mAP: backbone=RUN gallery=PATH [queries=PATH] [size=N] [pooling=cls] [out=FILE.json]."""
+    _evaluate("retrieve", words)
+
+
+@evaluate_app.command("robustness")
+def evaluate_robustness(words: Words = None) -> None:
+    """The same images at 0.5x to 4x: backbone=RUN test=PATH [train=PATH] [scales=0.5,1,2,4] [out=FILE.json]."""
+    _evaluate("robustness", words)
+
+
 def _evaluate(probe: str, words: list[str] | None) -> None:
     from .commands_evaluate import evaluate
 

@@ -19,13 +19,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from . import words as word_options
 from .data.batch import patch_grid
 from .data.sources import Source, open_source
+from .evaluation.depth import DepthSettings, evaluate_depth
 from .evaluation.extract import Extracted, extract, grouped
 from .evaluation.heads import HeadTraining
 from .evaluation.knn import KnnResult
 from .evaluation.knn import evaluate_knn as knn
 from .evaluation.linear import LinearSettings, evaluate_linear
 from .evaluation.logistic import LogisticSettings, evaluate_logistic
+from .evaluation.match import MatchSettings, evaluate_match, evaluate_pairs, read_pairs
 from .evaluation.measure import Groups, ProbeResult
+from .evaluation.retrieve import evaluate_retrieve
+from .evaluation.robustness import RobustnessSettings, evaluate_robustness
 from .evaluation.segment import SegmentSettings, evaluate_segment
 from .evaluation.view import View
 from .presets import PRESETS, preset
@@ -64,7 +68,7 @@ class Call:
             precision=self.values["precision"],
             progress=lambda done, total: self.report(f"{name} images", done, total),
         )
-        return grouped(found, source, self.values["group"] if name == "test" else None)
+        return grouped(found, source, None if name in ("train", "gallery") else self.values["group"])
 
     def settings(self, defaults):
         """Settings of a probe with the values that were given."""
@@ -98,8 +102,7 @@ def evaluate(name: str, words: list[str]) -> None:
             "backbone": str(values["backbone"]),
             "step": values["step"],
             "origin": found.origin,
-            **{key: values[key] for key in ("train", "test", "preset", "group") if key in values},
-            **({"preset_note": preset(name, values["preset"]).note} if values["preset"] else {}),
+            **{key: values[key] for key in (*PATHS, "preset", "group") if values.get(key) is not None},
             **result.settings,
         },
     )
@@ -216,6 +219,7 @@ SOURCES = {
     "test": Option(str, required=True, help="PATH"),
     "group": Option(str, help="column of the test manifest, or entry of the images' .json, to score by group"),
 }
+PATHS = ("train", "test", "gallery", "queries", "data", "pairs")
 POOLED = SOURCES | _options(pooling=(str, "cls, patch_mean or cls+patch"))
 FEW = _options(shots=(int, "few-shot: training images of each class"), seed=(int, "seed of every draw"))
 HEADS = _options(
@@ -224,6 +228,7 @@ HEADS = _options(
     optimizer=(str, "sgd or adamw"),
     steps=(int, "steps of training the linear layer"),
     batch_size=(int, "images of a step"),
+    betas=(numbers, "of adamw, two with a comma"),
     warmup=(int, "steps of rising rate"),
     schedule=(str, "cosine or constant"),
     dropout=(float, "share of channels dropped"),
@@ -274,6 +279,51 @@ def _segment(call: Call) -> ProbeResult:
     )
 
 
+def _depth(call: Call) -> ProbeResult:
+    return evaluate_depth(
+        call.backbone,
+        call.source("train"),
+        call.source("test"),
+        call.view,
+        settings=call.settings(DepthSettings()),
+        group=call.values["group"],
+        progress=call.report,
+    )
+
+
+def _match(call: Call) -> ProbeResult:
+    settings = call.settings(MatchSettings())
+    data, pairs = call.values["data"], call.values["pairs"]
+    if (data is None) == (pairs is None):
+        raise ValueError("evaluate match: expected data=PATH (known warps) or pairs=FILE.json (known keypoints)")
+    if pairs is not None:
+        return evaluate_pairs(call.backbone, read_pairs(pairs), call.view, settings=settings, progress=call.report)
+    group = call.values["group"]
+    return evaluate_match(
+        call.backbone, call.source("data"), call.view, settings=settings, group=group, progress=call.report
+    )
+
+
+def _retrieve(call: Call) -> ProbeResult:
+    if call.values["queries"] is None:
+        source = call.source("gallery")
+        gallery = grouped(call.extracted("gallery"), source, call.values["group"])
+        return evaluate_retrieve(gallery, progress=call.report)
+    return evaluate_retrieve(call.extracted("gallery"), call.extracted("queries"), progress=call.report)
+
+
+def _robustness(call: Call) -> ProbeResult:
+    return evaluate_robustness(
+        call.backbone,
+        call.source("test"),
+        call.view,
+        train=None if call.values["train"] is None else call.source("train"),
+        settings=call.settings(RobustnessSettings()),
+        group=call.values["group"],
+        progress=call.report,
+    )
+
+
 PROBES = {
     "knn": Probe(
         _knn,
@@ -295,6 +345,52 @@ PROBES = {
     "linear": Probe(_linear, POOLED | FEW | HEADS, CROP),
     "segment": Probe(
         _segment, DENSE | _options(classes=(int, "number of classes; default: from the masks")), WHOLE_IMAGE
+    ),
+    "depth": Probe(
+        _depth,
+        DENSE
+        | _options(
+            bins=(int, "number of depths"),
+            nearest=(float, "depth of the first bin in metres; default: from the training maps"),
+            farthest=(float, "depth of the last bin in metres; default: from the training maps"),
+        ),
+        WHOLE_IMAGE,
+    ),
+    "match": Probe(
+        _match,
+        _options(
+            data=(str, "PATH of images to be warped"),
+            pairs=(Path, "JSON file of image pairs with keypoints"),
+            group=(str, "column of the manifest, or entry of the images' .json, to score by group"),
+            images=(int, "at most so many"),
+            strength=(float, "how far a corner moves, as a share of the side"),
+            thresholds=(numbers, "shares of the side within which a match is right, ascending"),
+            keypoints=(int, "corners looked for in an image"),
+            layer=(int, "block whose patches are used, from 0; default: the last"),
+            seed=(int, "seed of the warps"),
+        ),
+        WHOLE_IMAGE,
+    ),
+    "retrieve": Probe(
+        _retrieve,
+        {"gallery": Option(str, required=True, help="PATH")}
+        | _options(
+            queries=(str, "PATH; default: each image of the gallery against all others"),
+            group=(str, "column of the queries' manifest, or entry of their .json, to score by group"),
+            pooling=(str, "cls, patch_mean or cls+patch"),
+        ),
+        CROP,
+    ),
+    "robustness": Probe(
+        _robustness,
+        {"test": SOURCES["test"], "group": SOURCES["group"]}
+        | _options(
+            train=(str, "PATH with labels, for k-NN at every scale"),
+            scales=(numbers, "factors on the size, commas between several"),
+            images=(int, "at most so many for the maps"),
+            k=(int, "neighbours"),
+        ),
+        {"resize": "short_side_center_crop", "precision": "fp32"},
     ),
 }
 assert set(PRESETS) <= set(PROBES)

@@ -98,6 +98,26 @@ PRESETS: dict[str, dict[str, Preset]] = {
             f"as the paper's grid of rates; {_ONE_VIEW}",
         ),
     },
+    "depth": {
+        "dinov3": Preset(
+            {
+                "size": 480,
+                "resize": "squash",
+                "bins": 256,
+                "nearest": 0.001,
+                "farthest": 10.0,
+                "optimizer": "adamw",
+                "learning_rates": (3e-4,),
+                "betas": (0.9, 0.99),
+                "weight_decays": (1e-4,),
+                "steps": 38400,
+                "batch_size": 16,
+                "warmup": 12800,
+                "clip": 35.0,
+            },
+            f"as the released evaluation on NYU, in squares of 480 px for crops of 416 x 544; {_ONE_VIEW}",
+        ),
+    },
 }
 
 

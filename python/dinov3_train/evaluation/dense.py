@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from dinov3_train.counter import permutation
 from dinov3_train.evaluation.extract import evaluating, forward
+from dinov3_train.evaluation.heads import Heads
 from dinov3_train.evaluation.reading import Companion, prepared, warn_unreadable
 from dinov3_train.evaluation.targets import Target, check_size, cut, nearest
 from dinov3_train.evaluation.view import View
@@ -43,6 +46,30 @@ class PatchBank:
     grid: tuple[int, int]
     targets: Tensor
     numbers: tuple[int, ...]
+
+    def scale(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (D,) of each channel over all patches."""
+        flat = self.patches.flatten(0, 1)  # (n N, D)
+        return flat.mean(dim=0).to(device), flat.std(dim=0).clamp_min(1e-6).to(device)
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """Heads on standardised patches: mean, std (D,)."""
+
+    heads: Heads
+    mean: Tensor
+    std: Tensor
+
+    def logits(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """patches (b, N, D) -> (H, b, C, h, w)."""
+        return self.heads((patches - self.mean) / self.std).mT.unflatten(3, grid)
+
+
+def enlarged(maps: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Maps (H, b, C, h, w) bilinearly at (height, width)."""
+    found = F.interpolate(maps.flatten(0, 1), size=tuple(sides), mode="bilinear", align_corners=False)
+    return found.unflatten(0, maps.shape[:2])
 
 
 def patch_batches(
@@ -90,6 +117,8 @@ def patch_bank(
     patches, targets, numbers, unreadable, grid = [], [], [], [], (0, 0)
     for batch in batches:
         unreadable += batch.unreadable
+        if batch.numbers and not numbers:
+            _check_memory(batch.patches[0].numel() * 4 * images)
         if batch.numbers:
             grid = batch.grid
             patches.append(batch.patches.cpu())
@@ -103,6 +132,15 @@ def patch_bank(
         first = f"; first: {unreadable[0]}" if unreadable else ""
         raise ValueError(f"extract: expected at least one readable image, got {images} and none{first}")
     return PatchBank(torch.cat(patches), grid, torch.stack(targets), tuple(numbers))
+
+
+def _check_memory(needed: int) -> None:
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > 0.8 * available:
+        raise ValueError(
+            f"images: the patch features of all training images need {needed / 2**30:.0f} GiB and this machine has "
+            f"{available / 2**30:.0f}; take fewer with images=N or a smaller size="
+        )
 
 
 def chosen(numbers: Sequence[int], images: int | None, seed: int) -> list[int]:

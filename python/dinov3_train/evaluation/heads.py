@@ -22,7 +22,8 @@ class HeadTraining:
 
     optimizer: "sgd" (momentum 0.9) or "adamw" with `betas`.
     steps, batch_size: in images; images come in a new random order each time all were seen.
-    warmup: steps over which the rate rises linearly from 0; schedule: "cosine" to 0 after it, or "constant".
+    warmup: steps over which the rate rises linearly from 0; None: a tenth of the steps.
+    schedule: "cosine" to 0 after the warm-up, or "constant".
     dropout: share of feature channels that an image loses in a step, in [0, 1).
     clip: largest norm of a head's gradient; None: not clipped.
     """
@@ -33,7 +34,7 @@ class HeadTraining:
     betas: tuple[float, float] = (0.9, 0.999)
     steps: int = 1000
     batch_size: int = 128
-    warmup: int = 0
+    warmup: int | None = 0
     schedule: str = "cosine"
     dropout: float = 0.0
     clip: float | None = None
@@ -47,10 +48,10 @@ class HeadTraining:
             raise ValueError(f"learning_rates: expected numbers above 0, got {self.learning_rates}")
         if not self.weight_decays or not all(decay >= 0 for decay in self.weight_decays):
             raise ValueError(f"weight_decays: expected numbers of at least 0, got {self.weight_decays}")
-        if self.steps < 1 or self.batch_size < 1 or not 0 <= self.warmup < self.steps:
+        if self.steps < 1 or self.batch_size < 1 or not 0 <= self.rising < self.steps:
             raise ValueError(
                 f"steps, batch_size: expected at least 1, warmup: expected from 0 to below steps, "
-                f"got {self.steps}, {self.batch_size}, {self.warmup}"
+                f"got {self.steps}, {self.batch_size}, {self.rising}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a share in [0, 1), got {self.dropout}")
@@ -60,13 +61,18 @@ class HeadTraining:
         """(learning rate, weight decay) of each head."""
         return list(product(self.learning_rates, self.weight_decays))
 
+    @property
+    def rising(self) -> int:
+        """Steps of warm-up."""
+        return self.steps // 10 if self.warmup is None else self.warmup
+
     def factor(self, step: int) -> float:
         """What the learning rates are multiplied with at a step."""
-        if step < self.warmup:
-            return (step + 1) / (self.warmup + 1)
+        if step < self.rising:
+            return (step + 1) / (self.rising + 1)
         if self.schedule == "constant":
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup)))
+        return 0.5 * (1 + math.cos(math.pi * (step - self.rising) / (self.steps - self.rising)))
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov3_train.data.batch import patch_grid
-from dinov3_train.evaluation.dense import PatchBank, PatchBatch, chosen, patch_bank, patch_batches
+from dinov3_train.evaluation.dense import (
+    LinearLayer,
+    PatchBank,
+    PatchBatch,
+    chosen,
+    enlarged,
+    patch_bank,
+    patch_batches,
+)
 from dinov3_train.evaluation.extract import groups_of
-from dinov3_train.evaluation.heads import Heads, HeadTraining, best_of, split, train_heads
+from dinov3_train.evaluation.heads import HeadTraining, best_of, split, train_heads
 from dinov3_train.evaluation.measure import ProbeResult, Statistics, by_group, measured, value_of
 from dinov3_train.evaluation.reading import warn_unreadable
 from dinov3_train.evaluation.targets import VOID, MaskTarget, check_targets, with_target
@@ -29,7 +37,7 @@ TRAINING = HeadTraining(
     optimizer="adamw",
     steps=300,
     batch_size=16,
-    warmup=30,
+    warmup=None,
     dropout=0.1,
 )
 
@@ -130,19 +138,6 @@ def evaluate_segment(
     return _result(counts, classes, groups, details, view, settings, (len(bank.patches), len(train), len(test)))
 
 
-@dataclass(frozen=True)
-class LinearLayer:
-    """Heads on standardised patches: mean, std (D,)."""
-
-    heads: Heads
-    mean: Tensor
-    std: Tensor
-
-    def logits(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """patches (b, N, D) -> (H, b, C, h, w)."""
-        return self.heads((patches - self.mean) / self.std).mT.unflatten(3, grid)
-
-
 def iou_statistics(counts: Tensor) -> Statistics:
     """mIoU from (n, C, 3) true positives, false positives and false negatives per image and class.
 
@@ -225,8 +220,7 @@ def _trained(
     bank: PatchBank, classes: int, settings: SegmentSettings, device: torch.device, report: Callable
 ) -> tuple[LinearLayer, dict]:
     """The layer of the best learning rate, and the held-out mIoU of each."""
-    flat = bank.patches.flatten(0, 1)  # (n N, D)
-    mean, std = flat.mean(dim=0).to(device), flat.std(dim=0).clamp_min(1e-6).to(device)
+    mean, std = bank.scale(device)
     training, details = settings.training, {}
     if len(training.grid) > 1 and len(bank.patches) > 1:
         kept, held_out = split(len(bank.patches), settings.held_out, training.seed)
@@ -261,7 +255,7 @@ def _fit(
         return (bank.patches[taken].to(mean.device) - mean) / std, bank.targets[taken].to(mean.device)
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        maps = _enlarged(logits.mT.unflatten(3, bank.grid), targets.shape[1:])  # (H, b, C, Y, X)
+        maps = enlarged(logits.mT.unflatten(3, bank.grid), targets.shape[1:])  # (H, b, C, Y, X)
         heads = maps.shape[0]
         each = F.cross_entropy(
             maps.flatten(0, 1), targets.repeat(heads, 1, 1), ignore_index=VOID, reduction="none"
@@ -280,19 +274,13 @@ def _fit(
     return LinearLayer(heads, mean, std)
 
 
-def _enlarged(logits: Tensor, sides: tuple[int, int]) -> Tensor:
-    """Logits (H, b, C, h, w) bilinearly at (height, width)."""
-    found = F.interpolate(logits.flatten(0, 1), size=tuple(sides), mode="bilinear", align_corners=False)
-    return found.unflatten(0, logits.shape[:2])
-
-
 @torch.no_grad()
 def _held_out_scores(layer: LinearLayer, bank: PatchBank, rows: Tensor, classes: int) -> list[float]:
     """mIoU of each head on some training images, at the resolution of the loss."""
     counts = [torch.zeros(classes, 3) for _ in range(len(layer.heads.bias))]
     for row in rows.tolist():
         logits = layer.logits(bank.patches[row : row + 1].to(layer.mean.device), bank.grid)
-        predicted = _enlarged(logits, bank.targets.shape[1:]).argmax(dim=2)[:, 0].cpu()  # (H, Y, X)
+        predicted = enlarged(logits, bank.targets.shape[1:]).argmax(dim=2)[:, 0].cpu()  # (H, Y, X)
         for number, one in enumerate(predicted):
             counts[number] += confusions(one, bank.targets[row], classes)
     return [value_of(iou_statistics(one[None])) for one in counts]
@@ -310,7 +298,7 @@ def _test_counts(
         if batch.numbers:
             maps = layer.logits(batch.patches, batch.grid)  # (1, b, C, h, w)
             for number, truth in enumerate(batch.targets):
-                predicted = _enlarged(maps[:, number : number + 1], truth.shape).argmax(dim=2)[0, 0].cpu()
+                predicted = enlarged(maps[:, number : number + 1], truth.shape).argmax(dim=2)[0, 0].cpu()
                 counts.append(confusions(predicted, truth, classes))
         report("test images", len(seen) + len(unreadable), images)
     warn_unreadable("segment", unreadable, images)
