@@ -117,6 +117,7 @@ def test_leaves_cover_every_field_of_every_section():
         "init",
         "gram",
         "start",
+        "distillation",
     }
     assert {f.name for section in SECTIONS for f in dataclasses.fields(section)} == names | sections
 

@@ -19,7 +19,7 @@ FLOORS = {
     **dict.fromkeys(("config", "schedule", "report", "counter", "words"), LEAF),
     **dict.fromkeys(("models", "losses", "data"), 2),
     **dict.fromkeys(("train", "distill", "curation", "evaluation"), 3),
-    **dict.fromkeys(("build", "planning", "validation", "weights"), 4),  # all that reads Config
+    **dict.fromkeys(("build", "planning", "validation", "weights", "distillation"), 4),  # all that reads Config
     **dict.fromkeys(("cli_curate", "commands_curate"), 5),
     **dict.fromkeys(("studies", "commands_health", "commands_pictures", "run_report"), 5),
     **dict.fromkeys(("commands_evaluate", "presets"), 5),

@@ -80,6 +80,8 @@ def pretrain(
     from .weights.start import continued_config, description, first_config  # stands on this module
 
     folder = RunFolder(Path(out))
+    if config.distillation.students:
+        raise ValueError(f"recipe: {config.recipe} has students and a teacher, so it is for dinov3 distill")
     with ranks() as here:
         folder.check()
         imported = earlier = None
@@ -122,8 +124,8 @@ def pretrain(
                 run=config.run,
                 folder=folder,
                 watchers=Watchers(
-                    unreadable=_unreadable(len(source), config.data.max_unreadable, progress),
-                    evaluate=_evaluation(config, labelled) if labelled else None,
+                    unreadable=unreadable(len(source), config.data.max_unreadable, progress),
+                    evaluate=evaluation(config, labelled) if labelled else None,
                     drawn=draw_counts(source, seed=config.run.seed, batch_size=config.run.batch_size),
                     monitor=monitor(config, source, folder, state.step, console) if here.first else None,
                     monitor_every=config.monitor.every,
@@ -370,7 +372,8 @@ def _batches(config: Config, source: Source, here: Ranks, start_step: int) -> It
     return iter(loader)
 
 
-def _unreadable(images: int, limit: float, progress: ProgressLine) -> Callable[[tuple[str, ...]], None]:
+def unreadable(images: int, limit: float, progress: ProgressLine) -> Callable[[tuple[str, ...]], None]:
+    """A watcher that counts unreadable images and says each once."""
     count = UnreadableCount(images, limit)
 
     def see(skipped: tuple[str, ...]) -> None:
@@ -380,7 +383,9 @@ def _unreadable(images: int, limit: float, progress: ProgressLine) -> Callable[[
     return see
 
 
-def _evaluation(config: Config, labelled: list[Source]) -> Callable[[TrainState], dict[str, float]]:
+def evaluation(config: Config, labelled: list[Source]) -> Callable[[TrainState], dict[str, float]]:
+    """The online k-NN of the EMA teacher on `data.labelled`."""
+
     def evaluate(state: TrainState) -> dict[str, float]:
         train, test = (
             extract(state.teacher.backbone, source, view(config), precision=config.run.precision) for source in labelled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -126,9 +127,56 @@ def _stage(run, stage, command: str, words: list[str], extra: dict[str, Option],
         sys.exit(143)
 
 
+@app.command()
+def distill(
+    words: Words = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Show the effective config and stop.")] = False,
+) -> None:
+    """Students of a frozen teacher: teacher=RUN students=vit_small,convnext_tiny data=PATH out=DIR [recipe=distill]
+    [config=FILE.yaml] [key.sub=value | STUDENT.key.sub=value ...]. The same line resumes; DIR/STUDENT is a run."""
+    config, out = _distill_config(words or [], need_out=not print_config)
+    from .config import to_yaml
+    from .distillation import distill as run
+
+    if print_config:
+        print(to_yaml(config), end="")
+        return
+    finished = run(config, out, console=Console())
+    if finished.reason == "signal":
+        sys.exit(143)
+
+
+def _distill_config(words: list[str], *, need_out: bool):
+    from .config import override
+    from .recipes import recipe
+
+    options = {
+        "teacher": Option(str, help="RUN, or whatever else backbone= takes"),
+        "students": Option(str, help="names of backbones, commas between several"),
+        "data": Option(str, help="folder, file list, tar shards, torchvision:NAME or manifest; commas between several"),
+        "out": Option(Path, required=need_out, help="DIR"),
+        "recipe": Option(str, default="distill", help="NAME (see dinov3 recipes)"),
+        "config": Option(Path, help="YAML file with overrides"),
+    }
+    values, overrides = word_options.read("distill", words, options, rest=True)
+    config = recipe(values["recipe"])
+    students = config.distillation.students
+    if values["students"] is not None:
+        students = tuple(name.strip() for name in values["students"].split(","))
+    prefixes = tuple(f"{name}." for name in (*students, "vit", "convnext"))
+    own = tuple(word for word in overrides if word.startswith(prefixes))
+    distillation = replace(
+        config.distillation,
+        students=students,
+        teacher=values["teacher"] or config.distillation.teacher,
+        overrides=config.distillation.overrides + own,
+    )
+    words = [*_sources(values["data"]), *(word for word in overrides if word not in own)]
+    return override(replace(config, distillation=distillation), words, values["config"]), values["out"]
+
+
 def _config(words: list[str], command: str, *, need_out: bool):
     from .config import override
-    from .data.sources import split_commas
     from .recipes import recipe
 
     options = {
@@ -137,13 +185,28 @@ def _config(words: list[str], command: str, *, need_out: bool):
         "out": Option(Path, required=need_out, help="RUN"),
         "init": Option(str, help="weights to start from: RUN, FILE, folder, hf:OWNER/NAME or timm:NAME"),
         "config": Option(Path, help="YAML file with overrides"),
+        "architecture": Option(str, help="NAME such as vit_small or convnext_tiny, instead of the recipe's backbone"),
     }
     values, overrides = word_options.read(command, words, options, rest=True)
-    if values["data"] is not None:
-        overrides = [f"data.sources=[{','.join(_quoted(part) for part in split_commas(values['data']))}]", *overrides]
+    config = recipe(values["recipe"])
+    if values["architecture"] is not None:
+        config = replace(config, backbone=_architecture(values["architecture"], config.backbone.patch_size))
     if values["init"] is not None:
         overrides = [f"init.weights={_quoted(values['init'])}", *overrides]
-    return override(recipe(values["recipe"]), overrides, values["config"]), values["out"]
+    return override(config, [*_sources(values["data"]), *overrides], values["config"]), values["out"]
+
+
+def _sources(data: str | None) -> list[str]:
+    """data=... as an override of the config."""
+    from .data.sources import split_commas
+
+    return [] if data is None else [f"data.sources=[{','.join(_quoted(part) for part in split_commas(data))}]"]
+
+
+def _architecture(name: str, patch_size: int):
+    from .models.architectures import architecture
+
+    return replace(architecture(name), patch_size=patch_size)
 
 
 def _quoted(text: str) -> str:

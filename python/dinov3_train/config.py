@@ -232,6 +232,18 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """A frozen teacher and the students that follow it (spec 5.1); the run folder of each student holds all of it."""
+
+    teacher: str = ""  # what `weights.resolve` takes; empty: no distillation
+    students: tuple[str, ...] = ()  # names of architectures, such as vit_small or convnext_tiny
+    overrides: tuple[str, ...] = ()  # "NAME.key.sub=value": for the students whose name begins with NAME
+    teacher_size: int | None = None  # side of the global crops the teacher sees, pixels; None: the students'
+    head_steps: int = 0  # steps of training heads for a teacher that comes without, its backbone frozen; 0: it has them
+    groups: tuple[int, ...] = ()  # ranks of each student; empty: by cost, all on every rank where there are too few
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """How long, how large a batch, in which precision, what is kept."""
 
@@ -280,12 +292,29 @@ class Config:
     start: Start = field(default_factory=Start)
     init: Init = field(default_factory=Init)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    distillation: Distillation = field(default_factory=Distillation)
     run: Run = field(default_factory=Run)
     monitor: Monitor = field(default_factory=Monitor)
 
 
-SECTIONS = (Config, Backbone, ConvNeXtBackbone, Rope, Head, Crops, Masking, Data, Losses)
-SECTIONS += (Gram, Start, Init, Optimizer, Run, Monitor)
+SECTIONS = (
+    Config,
+    Backbone,
+    ConvNeXtBackbone,
+    Rope,
+    Head,
+    Crops,
+    Masking,
+    Data,
+    Losses,
+    Gram,
+    Start,
+    Init,
+    Optimizer,
+    Distillation,
+    Run,
+    Monitor,
+)
 
 
 def leaves(config_type: type = Config, prefix: str = "") -> dict[str, type]:

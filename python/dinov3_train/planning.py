@@ -5,8 +5,11 @@ from __future__ import annotations
 from rich.table import Table
 
 from .config import Config
-from .models.flops import backbone_parameters, head_parameters, training_flops
+from .distillation import sizes_of, student_configs, student_cost
+from .models.architectures import ARCHITECTURES
+from .models.flops import backbone_flops, backbone_parameters, head_parameters, training_flops
 from .validation import check_settings, counted_crops, memory
+from .weights import resolve
 
 PARTS = {
     "weights": "student, and its copies in the activation type",
@@ -26,6 +29,8 @@ def plan_table(config: Config, ranks: int) -> Table:
     """
     if ranks < 1:
         raise ValueError(f"plan: ranks expects at least 1, got {ranks}")
+    if config.distillation.students:
+        return _distillation_table(config, ranks)
     check_settings(config, ranks)
     run, heads = config.run, (config.dino_head, config.ibot_head)
     images = run.batch_size // (ranks * run.accumulate)
@@ -55,6 +60,36 @@ def plan_table(config: Config, ranks: int) -> Table:
     table.add_row(
         "FLOPs: run", f"{flops['total'] * ranks * run.steps / 1e18:.3g} EFLOP", f"{run.steps:,} steps on all GPUs"
     )
+    return table
+
+
+def _distillation_table(config: Config, ranks: int) -> Table:
+    """Teacher and students of a distillation: groups of ranks, memory and FLOPs of a rank of each."""
+    described = ARCHITECTURES.get(config.distillation.teacher)
+    if described is None and config.distillation.teacher:
+        described = resolve(config.distillation.teacher).architecture
+    students = student_configs(config, (described or config.backbone).patch_size)
+    sizes, batch = sizes_of(config, students, ranks), config.run.batch_size
+    table = Table(title=f"{config.recipe}: batch {batch} on {ranks} ranks", title_justify="left")
+    for name in ("", "value", "note"):
+        table.add_column(name, justify="right" if name == "value" else "left")
+    teacher_flops, seen = 0.0, config.distillation.teacher_size or config.crops.global_size
+    if described is None:
+        table.add_row("teacher", "", "not named (teacher=RUN), so not counted")
+    else:
+        teacher_flops = backbone_flops(described, [(config.crops.globals * batch / ranks, seen, seen)])
+        table.add_row("teacher", f"{backbone_parameters(described):,}", f"parameters of {described.name}, at {seen} px")
+        table.add_row("memory: teacher", _gib(4 * backbone_parameters(described)), "per rank, weights")
+        table.add_row("FLOPs: teacher", _tflop(teacher_flops), f"per step and rank, {batch / ranks:.3g} images")
+    for number, (name, student) in enumerate(students.items()):
+        size = ranks if sizes is None else sizes[number]
+        check_settings(student, size)
+        table.add_section()
+        group = f"{size} of {ranks} ranks, {batch // size} images each" if sizes else "on every rank, one after another"
+        table.add_row(name, f"{backbone_parameters(student.backbone):,}", f"parameters; {group}")
+        table.add_row("memory: total", _gib(memory(student, size).total), "per rank, without the teacher")
+        flops = student_cost(student) * batch / size
+        table.add_row("FLOPs: total", _tflop(flops + teacher_flops), "per step and rank, with its share of the teacher")
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +43,7 @@ FREE_ON_RESUME = (
     "monitor.images",
     "monitor.source",
     "recipe",
+    "distillation.groups",
 )
 
 # of a backbone or head, what does not decide about the shape or meaning of its weights
@@ -243,11 +245,14 @@ def _other_architecture(there: object, asked: object, name: str) -> list[str]:
 
 def check_memory(config: Config, device: torch.device, world_size: int) -> None:
     """Errors: ValueError when the estimate of `dinov3 plan` does not fit the device."""
+    _check_fits(memory(config, world_size).total, device)
+
+
+def _check_fits(needed: int, device: torch.device) -> None:
     if device.type == "cuda":
         available, where = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
     else:
         available, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
-    needed = memory(config, world_size).total
     if needed > available:
         raise ValueError(
             f"run: this recipe needs about {needed / 2**30:.1f} GiB and {where} has {available / 2**30:.1f} GiB; "
@@ -283,6 +288,60 @@ def counted_crops(config: Config) -> list[tuple[float, Crops]]:
         )
         for share, crops in resolutions(config.crops)
     ]
+
+
+def check_memory_of_all(
+    configs: Sequence[Config], teacher: torch.nn.Module, device: torch.device, world_size: int
+) -> None:
+    """Errors: ValueError when students that one rank trains, one after another, and their teacher do not fit it."""
+    parts = [memory(config, world_size) for config in configs]
+    held = sum(part.weights + part.teachers + part.gradients + part.optimizer for part in parts)
+    passing = max(part.activations + part.heads + part.images for part in parts)
+    frozen = 4 * sum(parameter.numel() for parameter in teacher.parameters())
+    _check_fits(held + passing + frozen, device)
+
+
+def check_distillation(config: Config, students: Mapping[str, Config], teacher: Resolved) -> None:
+    """Errors: ValueError for a teacher and students that do not go together, before any work."""
+    wanted = config.distillation
+    patch, seen = teacher.architecture.patch_size, wanted.teacher_size or config.crops.global_size
+    key = "distillation.teacher_size" if wanted.teacher_size else "crops.global_size"
+    multiple = side_multiple(teacher.architecture)
+    if seen % multiple:
+        raise ValueError(
+            f"{key}: the teacher {teacher.architecture.name}/{patch} needs a multiple of {multiple} pixels, got {seen}"
+        )
+    if teacher.heads is None and wanted.head_steps < 1:
+        raise ValueError(
+            f"distillation.teacher: expected a teacher with DINO and iBOT heads, such as a run of dinov3 pretrain, and "
+            f"{teacher.origin} has none; distillation.head_steps=N trains heads on the frozen teacher first"
+        )
+    foreign = {
+        "init.weights": config.init.weights,
+        "start.run": config.start.run,
+        "gram.weight": config.gram.weight,
+        "crops.mix": config.crops.mix,
+        "crops.gram_size": config.crops.gram_size,
+    }
+    for key, value in foreign.items():
+        if value:
+            raise ValueError(
+                f"{key}: distillation starts from fresh weights, at one size, without a Gram term; got {value}"
+            )
+    for name, student in students.items():
+        if student.backbone.patch_size != patch:
+            raise ValueError(
+                f"{name}.backbone.patch_size: expected the teacher's {patch}, got {student.backbone.patch_size}"
+            )
+        if student.run.keep < 2 and len(students) > 1:
+            raise ValueError(f"run.keep: expected at least 2 with several students, got {student.run.keep}")
+        for head, own in (("dino_head", student.dino_head), ("ibot_head", student.ibot_head)):
+            theirs = own if teacher.heads is None else teacher.heads[head].head
+            if own.prototypes != theirs.prototypes:
+                raise ValueError(
+                    f"{head}.prototypes: expected the {theirs.prototypes} of the teacher, got {own.prototypes} for "
+                    f"{name}; set {head}.prototypes={theirs.prototypes}"
+                )
 
 
 def check_same_run(config: Config, earlier: Config, where: str) -> None:

@@ -80,7 +80,7 @@ def fit(
     reason, saved = "steps", state.step
     with stop_signals() as stop:
         if watchers.monitor_every and state.step == 0:
-            _monitor(state, watchers.monitor, ranks=ranks, log=log, clock=clock, progress=progress)
+            monitor_step(state, watchers.monitor, ranks=ranks, log=log, clock=clock, progress=progress)
         while state.step < run.steps:
             asked = time.monotonic()
             micro_batches = list(islice(batches, run.accumulate))
@@ -102,7 +102,7 @@ def fit(
                 evaluate_step(state, watchers.evaluate, ranks=ranks, log=log, clock=clock, progress=progress)
             due = watchers.monitor_every and (state.step % watchers.monitor_every == 0 or state.step == run.steps)
             if due:
-                _monitor(state, watchers.monitor, ranks=ranks, log=log, clock=clock, progress=progress)
+                monitor_step(state, watchers.monitor, ranks=ranks, log=log, clock=clock, progress=progress)
             if run.drift_every and state.step % run.drift_every == 0:
                 evaluate_step(state, watchers.drift, ranks=ranks, log=log, clock=clock, progress=progress)
             if run.history_every and state.step % run.history_every == 0 and ranks.first:
@@ -175,7 +175,7 @@ def evaluate_step(
     clock.last += time.monotonic() - began  # evaluation is not part of the training speed
 
 
-def _monitor(
+def monitor_step(
     state: TrainState,
     monitor: Callable[[TrainState], tuple[dict[str, float], list[str]]] | None,
     *,
@@ -184,13 +184,14 @@ def _monitor(
     clock: Clock,
     progress: ProgressLine,
 ) -> None:
+    """Write the health monitor's values and say its warnings, on the first rank; the others wait."""
     began = time.monotonic()
     if log is not None and monitor is not None:
         values, warnings = monitor(state)
         log.write(state.step, values | {"seconds": time.monotonic() - clock.began})
         for warning in warnings:
             progress.say(f"health, {warning}")
-    barrier()
+    barrier(ranks.group)
     clock.last += time.monotonic() - began  # nor is this
 
 
