@@ -80,7 +80,7 @@ def pretrain(
     from .weights.start import continued_config, description, first_config  # stands on this module
 
     folder = RunFolder(Path(out))
-    if config.distillation.students:
+    if config.distillation.students and config.start.run is None:  # a student's run may be refined or adapted
         raise ValueError(f"recipe: {config.recipe} has students and a teacher, so it is for dinov3 distill")
     with ranks() as here:
         folder.check()
