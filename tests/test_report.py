@@ -1,5 +1,7 @@
 """Pages stand alone, are ASCII, escape what they are given; curves go through their points; metrics survive a kill."""
 
+import base64
+import io
 import re
 from html.parser import HTMLParser
 
@@ -124,3 +126,13 @@ def test_flat_maps_are_kept_exact_and_photographs_small():
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
     photograph = Image.fromarray(noise).resize((256, 256), Image.Resampling.BICUBIC)
     assert data_uri(photograph).startswith("data:image/jpeg;base64,")
+
+
+def test_transparent_parts_stay_transparent():
+    picture = Image.new("RGBA", (64, 32), (0, 0, 0, 0))
+    picture.paste((200, 30, 30, 255), (0, 0, 32, 32))
+    kind, data = data_uri(picture).split(";base64,")
+    assert kind == "data:image/webp"
+    back = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGBA")
+    assert back.getpixel((48, 16))[3] == 0
+    assert back.getpixel((16, 16))[0] > 180

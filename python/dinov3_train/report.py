@@ -339,7 +339,14 @@ def _cell(cell: str | Link) -> str:
 
 
 def data_uri(image: Image.Image) -> str:
-    """The picture as a data URI: PNG, or JPEG of quality 90 without chroma subsampling where that halves it."""
+    """The picture as a data URI: PNG, or JPEG of quality 90 without chroma subsampling where that halves it.
+
+    A picture with transparent parts is WebP of quality 90, so that the paper shows through in light and dark.
+    """
+    if image.mode == "RGBA":
+        stream = io.BytesIO()
+        image.save(stream, "webp", quality=90, method=6)
+        return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
     png, jpeg = io.BytesIO(), io.BytesIO()
     image.save(png, "png", optimize=True)
     image.convert("RGB").save(jpeg, "jpeg", quality=90, subsampling=0, optimize=True)

@@ -12,7 +12,7 @@ from ..data.sources import Source
 
 TILE, GAP, COLUMNS = 112, 4, 6  # pixels; pictures of a sheet side by side
 RING = (255, 176, 0)
-GREY = (122, 127, 136)  # between pictures: seen on light and on dark paper
+GREY = (122, 127, 136)  # of what cannot be read, and of what was left out
 
 
 @dataclass
@@ -43,9 +43,9 @@ class Tiles:
 
 
 def sheet(tiles: Sequence[tuple[Image.Image, str]], columns: int = COLUMNS) -> Image.Image:
-    """Pictures side by side, each shown "plain", "ringed" or "dimmed", in lines of `columns`."""
+    """Pictures side by side, each shown "plain", "ringed" or "dimmed", in lines of `columns`; nothing between them."""
     lines = -(-len(tiles) // columns)
-    paper = Image.new("RGB", (columns * (TILE + GAP) - GAP, lines * (TILE + GAP) - GAP), GREY)
+    paper = Image.new("RGBA", (columns * (TILE + GAP) - GAP, lines * (TILE + GAP) - GAP), (0, 0, 0, 0))
     for number, (tile, how) in enumerate(tiles):
         left, top = number % columns * (TILE + GAP), number // columns * (TILE + GAP)
         if how == "dimmed":

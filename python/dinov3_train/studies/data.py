@@ -37,8 +37,8 @@ from .runner import Arm, Study, begin, run_study
 
 ARMS = {
     "raw": "images as the pool has them, duplicates too",
-    "clustering": "no duplicates, a balanced sample of the clusters",
-    "retrieval": "no duplicates, the images nearest to the seed sets",
+    "clustering": "no duplicates, nothing like a test image, a balanced sample of the clusters",
+    "retrieval": "no duplicates, nothing like a test image, the images nearest to the seed sets",
     "all": "a third each: clustering, retrieval, raw",
 }
 QUESTION = "Does a curated set teach more than the raw pool, images and steps being equal?"
@@ -169,6 +169,7 @@ def _stages(asked: DataStudy, out: Path, console: Console) -> _Stages:
     chain = Chain(
         pool=split_commas(asked.pool),
         seeds={f"seeds_{number}": spec for number, spec in enumerate(specs)},
+        held_out={"test": asked.test},
         target=asked.target,
         retrieval_share=0.0,
         clusters=asked.clusters,
