@@ -250,8 +250,8 @@ CROP = {"resize": "short_side_center_crop", "precision": "fp32", "pooling": "cls
 
 
 def _knn(call: Call) -> KnnResult:
-    k, temperature = call.values["k"], call.values["temperature"]
-    return knn(call.extracted("train"), call.extracted("test"), k=k, temperature=temperature)
+    names = ("k", "temperature", "shots", "seed")
+    return knn(call.extracted("train"), call.extracted("test"), **{name: call.values[name] for name in names})
 
 
 def _logistic(call: Call) -> ProbeResult:
@@ -327,8 +327,10 @@ def _robustness(call: Call) -> ProbeResult:
 PROBES = {
     "knn": Probe(
         _knn,
-        POOLED | _options(k=(counts, "numbers of neighbours, commas between several"), temperature=(float, "of votes")),
-        CROP | {"k": (10,), "temperature": 0.07},
+        POOLED
+        | FEW
+        | _options(k=(counts, "numbers of neighbours, commas between several"), temperature=(float, "of the votes")),
+        CROP | {"k": (10,), "temperature": 0.07, "seed": 0},
     ),
     "logistic": Probe(
         _logistic,

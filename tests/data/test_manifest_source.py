@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_manifest import block
 
@@ -129,3 +131,23 @@ def test_it_works_from_another_folder(pool, tmp_path, monkeypatch):
     os.makedirs("elsewhere")
     monkeypatch.chdir("elsewhere")
     assert open_source(f"../{path}").read(0) == open_source(pool).read(1)
+
+
+def test_fields_are_its_columns_whoever_added_them_else_what_the_source_says(manifest, tmp_path):
+    table = pq.read_table(manifest)
+    table = table.append_column("region", pa.array(["north", None, *"abcdef"]))
+    odd = [[1, 2], []] + [[3]] * 6
+    table = table.set_column(
+        table.column_names.index("cluster_path"), "cluster_path", pa.array(odd, pa.list_(pa.int32()))
+    )
+    path = tmp_path / "more.parquet"
+    pq.write_table(table, path)
+    source = open_source(path)
+    assert [source.field(number, "region") for number in range(4)] == ["north", None, "a", "b"]
+    assert source.field(4, "part") == "retrieval"
+    assert [source.field(number, "cluster_path") for number in range(3)] == ["1/2", None, "3"]
+    assert source.field(3, "number") == 11  # of the image's .json
+    assert source.field(0, "number") is None
+    retrieval = open_source(f"{path}:part=retrieval")
+    assert [retrieval.field(number, "region") for number in range(3)] == ["b", "c", "d"]
+    assert pickle.loads(pickle.dumps(source)).field(0, "region") == "north"

@@ -97,6 +97,35 @@ def test_shards_give_images_labels_and_extras(shards):
         assert source.read_extra(number, "txt") is None
 
 
+def test_masks_and_depths_beside_images_are_no_images(tmp_path):
+    (tmp_path / "cat").mkdir()
+    for name in ("a.jpg", "a.mask.png", "a.depth.png", "b.c.jpg", "b.c.mask.png", "b.mask.png", "Mask.png"):
+        (tmp_path / "cat" / name).write_bytes(name.encode())
+    source = open_source(tmp_path)
+    assert [name.rsplit("/", 1)[1] for name in names(source)] == ["Mask.png", "a.jpg", "b.c.jpg"]
+    assert source.read_extra(1, "mask.png") == source.read_extra(1, ".mask.png") == b"a.mask.png"
+    assert source.read_extra(1, "depth.png") == b"a.depth.png"
+    assert source.read_extra(2, "mask.png") == b"b.c.mask.png"  # its own, before that of everything up to the first dot
+    (tmp_path / "cat" / "b.c.mask.png").unlink()
+    assert source.read_extra(2, "mask.png") == b"b.mask.png"
+    assert source.read_extra(0, "mask.png") is None
+
+
+def test_fields_come_from_the_json_beside_an_image(shards, tmp_path):
+    source = open_source([f"{shards}/part-000.tar", f"{shards}/part-001.tar"])
+    assert [source.field(number, "number") for number in range(8)] == list(range(8))
+    assert source.field(0, "absent") is None
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    folder = open_source(tmp_path)
+    assert folder.field(0, "place") is None
+    for text, message in (("{", "its .json cannot be read"), ("[1]", "got list"), ('{"place": [1]}', "as place, got")):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"data: .*a.jpg: .*{message}"):
+            folder.field(0, "place")
+    (tmp_path / "a.json").write_text('{"place": "north"}')
+    assert folder.field(0, "place") == "north"
+
+
 def test_every_way_to_name_shards(shards, tmp_path):
     expected = names(open_source(f"{shards}/part-{{000..002}}.tar"))
     (tmp_path / "shards.txt").write_text("".join(f"{shards}/part-00{number}.tar\n" for number in range(3)))

@@ -126,6 +126,9 @@ def test_shots_take_so_many_of_each_class_and_hold_the_smaller_draw():
     for shots, draw in zip((1, 3), draws):
         assert draw.train_labels.bincount().tolist() == [shots] * 4
     assert {tuple(row) for row in draws[0].train.tolist()} <= {tuple(row) for row in draws[1].train.tolist()}
+    few = evaluate_knn(extracted(train, labels), extracted(test, truth), k=[4], shots=1)
+    assert few.train_images == 4
+    assert few.settings["shots"] == 1
     one = evaluate_logistic(
         extracted(train, labels), extracted(test, truth), settings=replace(LOGISTIC, shots=1)
     )  # nothing to hold out: the middle of the grid

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from dinov3_train import presets
 from dinov3_train.commands_evaluate import PROBES, lines, read
+from dinov3_train.data.manifest import write_manifest
+from dinov3_train.data.sources import open_source
 from dinov3_train.evaluation.heads import HeadTraining
 
 QUICK = ("steps=8", "learning_rates=0.01,0.1", "batch_size=8")
@@ -99,6 +103,25 @@ def test_step_0_is_the_untrained_start(evaluate):
     assert evaluate("retrieve", "backbone=RUN", "step=0", "gallery=DATA", "queries=DATA") != evaluate(
         "retrieve", "backbone=RUN", "gallery=DATA", "queries=DATA"
     )
+
+
+def test_groups_are_columns_of_a_manifest(evaluate, dense_folder, tmp_path):
+    source = open_source(dense_folder)
+    count = len(source)
+    block = {
+        "source": [str(dense_folder)] * count,
+        "index": range(count),
+        "name": [source.name(n) for n in range(count)],
+    }
+    block |= {"width": [40] * count, "height": [40] * count, "hash": [""] * count, "cluster_path": [[]] * count}
+    block |= {"retrieval_seed": [""] * count, "duplicate_group": [-1] * count, "part": ["a", "b"] * (count // 2)}
+    path = write_manifest(tmp_path / "test.parquet", [block], {})
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("region", pa.array(["north"] * 4 + ["south"] * 8)), path)
+    for group, name in (("region", "north"), ("part", "a")):
+        text = evaluate("segment", "backbone=RUN", "train=DATA", f"test={path}", f"group={group}", *QUICK)
+        assert "2 groups: worst" in text
+        assert f"group {name}: miou" in text
 
 
 @pytest.mark.parametrize(("probe", "name"), [(p, n) for p, named in presets.PRESETS.items() for n in named])

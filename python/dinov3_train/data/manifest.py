@@ -81,6 +81,20 @@ def read_manifest(path: str | Path, columns: Sequence[str] | None = None) -> pa.
             raise ValueError(f"manifest: {path} cannot be read: {_one_line(error)}") from error
 
 
+def read_column(path: str | Path, name: str) -> pa.ChunkedArray | None:
+    """One column of a manifest, of `SCHEMA` or any other that someone has added; None where it has none of that name.
+
+    Errors: ValueError for a file that is missing, damaged or no Parquet.
+    """
+    with _opened(path) as file:
+        if name not in file.schema_arrow.names:
+            return None
+        try:
+            return file.read(columns=[name])[name]
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"manifest: {path} cannot be read: {_one_line(error)}") from error
+
+
 def manifest_settings(path: str | Path) -> dict:
     """The settings that made a manifest; empty where it does not say."""
     with _opened(path) as file:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as compute
 from PIL import Image
 
-from .manifest import absolute_spec, read_manifest, valid_text
+from .manifest import absolute_spec, read_column, read_manifest, valid_text
 from .sources import ConcatenatedSource, PackedStrings, Source, nearest_name, open_source
 
 COLUMNS = ("source", "index", "name")
@@ -33,7 +33,8 @@ class ManifestSource(Source):
     """
 
     def __init__(self, path: Path, part: str | None = None) -> None:
-        self._path = path
+        self._path, self._part = path, part
+        self._columns: dict[str, pa.ChunkedArray | None] = {}  # those that `field` was asked for
         table = _rows(path, part)
         encoded = table["source"].combine_chunks().dictionary_encode()
         self._specs: list[str] = encoded.dictionary.to_pylist()
@@ -56,7 +57,13 @@ class ManifestSource(Source):
         return self.ready()._joined.read_extra(self._find(index), suffix)
 
     def field(self, index: int, name: str) -> str | int | float | None:
-        return self.ready()._joined.field(self._find(index), name)
+        """The manifest's column of that name, else what the image's own source says."""
+        if name not in self._columns:
+            self._columns[name] = _column(self._path, self._part, name)
+        column = self._columns[name]
+        if column is None:
+            return self.ready()._joined.field(self._find(index), name)
+        return _value(column[index].as_py(), name, self._path)
 
     def label(self, index: int) -> int | None:
         return self.ready()._joined.label(self._find(index))
@@ -102,6 +109,23 @@ class ManifestSource(Source):
                     f"data: {self._specs[number]} has changed since the manifest {self._path} was written: "
                     f"image {index} was {wanted}, it now {now}; restore it, or curate again"
                 )
+
+
+def _column(path: Path, part: str | None, name: str) -> pa.ChunkedArray | None:
+    """A column of the rows of one part, None where the manifest has none of that name."""
+    column = read_column(path, name)
+    if column is None or part is None:
+        return column
+    return column.filter(compute.equal(read_column(path, "part"), part))
+
+
+def _value(value: object, name: str, path: Path) -> str | int | float | None:
+    """A list such as a cluster path is written with slashes; an empty one is nothing."""
+    if isinstance(value, list):
+        return "/".join(map(str, value)) or None
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise ValueError(f"data: {path}: expected text or a number as {name}, got {type(value).__name__}")
+    return value
 
 
 def _rows(path: Path, part: str | None) -> pa.Table:

@@ -74,21 +74,28 @@ class KnnResult:
 
 
 def evaluate_knn(
-    train: Extracted, test: Extracted, *, k: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07
+    train: Extracted,
+    test: Extracted,
+    *,
+    k: Sequence[int] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    shots: int | None = None,
+    seed: int = 0,
 ) -> KnnResult:
     """Classify each labelled test image by its nearest labelled training images.
 
     Images without a label (-1) are left out on both sides and counted. `mean_per_class` averages over the classes that
     occur in `test`. Classes are matched by name where both sides name theirs, so two folders may number them
-    differently.
+    differently. shots: few-shot, this many training images of each class, drawn by `seed`; None: all.
 
     Errors: ValueError when a side has no label, the training images have one class only, a test class has no training
     image, a k exceeds the training images, or the features differ in width or settings.
     """
-    found = labelled("evaluate_knn", train, test)
+    found = labelled("evaluate_knn", train, test, shots=shots, seed=seed)
     predictions = predict(found.train, found.train_labels, found.test, k=k, temperature=temperature)  # (len(k), n)
     scores = tuple(_score(int(n), row, found) for n, row in zip(k, predictions))
-    result = KnnResult(scores, temperature=float(temperature), **found.counts, settings=dict(test.settings))
+    few = {} if shots is None else {"shots": shots, "seed": seed}
+    result = KnnResult(scores, temperature=float(temperature), **found.counts, settings={**test.settings, **few})
     if found.groups is None:
         return result
     return replace(result, groups=accuracy_groups(found, predictions[scores.index(result.best)]))
