@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov3_train import demo
+from dinov3_train import demo, demo_stages
 from dinov3_train.config import Backbone, Config, Crops, Data, Head, Losses, Optimizer, Run
 from dinov3_train.photographs import GAP, PHOTOGRAPHS, Photograph, halves, window_boxes, write_windows
 
@@ -71,7 +71,7 @@ def tiny_recipe(name: str) -> Config:
         backbone=Backbone(name="vit_demo", embed_dim=16, depth=1, heads=1, patch_size=8, layer_scale=1.0),
         dino_head=head,
         ibot_head=head,
-        crops=Crops(global_size=16, local_size=8, locals=1),
+        crops=Crops(global_size=32, local_size=32, locals=1),  # sides a ConvNeXt can take
         data=Data(workers=0),
         losses=Losses(),
         optimizer=Optimizer(warmup=1),
@@ -86,6 +86,8 @@ def small(monkeypatch):
     monkeypatch.setattr(demo, "TRAIN_WINDOWS", 2)
     monkeypatch.setattr(demo, "HELD_OUT_WINDOWS", 1)
     monkeypatch.setattr(demo, "MAP_SIDE", 32)
+    monkeypatch.setattr(demo_stages, "MIX", ((32, 32, 64, 0.5), (64, 32, 64, 0.5)))
+    monkeypatch.setattr(demo_stages, "PANEL", 4)
 
 
 def test_a_tiny_demo_ends_in_a_page(tmp_path, small, capsys):
@@ -99,16 +101,21 @@ def test_a_tiny_demo_ends_in_a_page(tmp_path, small, capsys):
     text = path.read_text("ascii")
     for photograph in PHOTOGRAPHS:
         assert f"<td>{photograph.name}</td>" in text
-    assert text.count("<img") == len(PHOTOGRAPHS) + 3 * len(demo.COLOURED) + 3 * len(demo.POINTS)
+    stages = ("pretrained", "refined", "adapted", *demo_stages.STUDENTS.values())
+    pictures = len(PHOTOGRAPHS) + 3 * len(demo.COLOURED) + 3 * len(demo.POINTS)
+    assert text.count("<img") == pictures + len(stages) * len(demo_stages.PICTURED)
+    for heading in stages:
+        assert f"<td>{heading}</td>" in text
     assert "Losses" in text
     assert "k-NN while training" in text
     assert "guessing" in text
     assert not re.search(r"<(script|link|iframe)|src=\"http", text)
-    assert (tmp_path / "out" / "run-quick-seed3" / "config.yaml").is_file()
+    for run in ("pretrained", "refined", "adapted", "students/vit_micro", "students/convnext_micro"):
+        assert (tmp_path / "out" / "run-quick-seed3" / run / "config.yaml").is_file()
 
 
 def test_running_again_continues_and_draws_the_same_page(tmp_path, small):
     first = demo.run_demo(tmp_path, quick=True).read_text()
     again = demo.run_demo(tmp_path, quick=True).read_text()
-    strip = re.compile(r"in [\d.]+ minutes")
+    strip = re.compile(r": [\d.]+ minutes on this machine")
     assert strip.sub("", first) == strip.sub("", again)

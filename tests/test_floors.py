@@ -23,7 +23,9 @@ FLOORS = {
     **dict.fromkeys(("cli_curate", "commands_curate"), 5),
     **dict.fromkeys(("studies", "commands_health", "commands_pictures", "run_report"), 5),
     **dict.fromkeys(("commands_evaluate", "presets"), 5),
-    **dict.fromkeys(("recipes", "cli", "commands", "demo", "doctor", "photographs", "__init__", "__main__"), 5),
+    **dict.fromkeys(
+        ("recipes", "cli", "commands", "demo", "demo_stages", "doctor", "photographs", "__init__", "__main__"), 5
+    ),
     **dict.fromkeys(("commands_export",), 5),
     **dict.fromkeys(("stages", "refinement", "gram_choice"), 5),
 }

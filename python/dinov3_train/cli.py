@@ -426,7 +426,7 @@ def demo(
     words: Words = None,
     quick: Annotated[bool, typer.Option("--quick", help="Under 90 seconds on two cores.")] = False,
 ) -> None:
-    """Pretrain on photographs that scikit-image and scikit-learn bring, write a page: [out=FOLDER] [seed=0]."""
+    """All stages on photographs that scikit-image and scikit-learn bring, write a page: [out=FOLDER] [seed=0]."""
     from .demo import run_demo
 
     options = {
@@ -434,7 +434,8 @@ def demo(
         "seed": Option(int, default=0, help="seed"),
     }
     values, _ = word_options.read("demo", words or [], options)
-    run_demo(values["out"], quick=quick, seed=values["seed"])
+    if run_demo(values["out"], quick=quick, seed=values["seed"]) is None:
+        sys.exit(143)
 
 
 @app.command()

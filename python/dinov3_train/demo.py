@@ -1,4 +1,4 @@
-"""`dinov3 demo`: pretrain on photographs that are already on this machine, and a page that shows what was learned."""
+"""`dinov3 demo`: all stages on photographs that are already on this machine, and a page that shows what was learned."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dinov3_train.build import Finished, load, pretrain, view
 from dinov3_train.config import Config, replaced
 from dinov3_train.data.decode import decode
 from dinov3_train.data.sources import Source, open_source
+from dinov3_train.demo_stages import PICTURED, Stage, later_stages, measured, stages_section
 from dinov3_train.evaluation.extract import Extracted, extract
 from dinov3_train.evaluation.knn import KnnResult, evaluate_knn
 from dinov3_train.evaluation.maps import PatchMap, cosine_map, patch_at, patch_maps, pca_colors
@@ -23,6 +24,7 @@ from dinov3_train.photographs import GAP, PHOTOGRAPHS, Photograph, halves, write
 from dinov3_train.recipes import recipe
 from dinov3_train.report import Link, Page, read_metrics, series
 
+QUICK = 5  # by which steps and minutes are divided
 TRAIN_WINDOWS, HELD_OUT_WINDOWS = 64, 24  # of each photograph
 NEIGHBOURS = (10,)
 MAP_SIDE = 256  # short side in pixels at which whole photographs are mapped
@@ -47,12 +49,14 @@ class Scores:
     after: KnnResult
 
 
-def run_demo(out: str | Path, *, quick: bool = False, seed: int = 0) -> Path:
-    """Cut the photographs, pretrain, judge, draw; returns the page, `out/index.html`, and prints where it is.
+def run_demo(out: str | Path, *, quick: bool = False, seed: int = 0) -> Path | None:
+    """Cut the photographs, pretrain, refine, adapt, distil, judge, draw.
+
+    Returns the page, `out/index.html`, or None when a signal ended a stage; prints where it is.
 
     Args:
         out: folder for `photographs/`, the run and the page; running again with the same arguments continues the run.
-        quick: a shorter run, under 90 seconds on two cores; else under 5 minutes.
+        quick: shorter runs, under 90 seconds on two cores; else under 6 minutes.
         seed: of the training.
     """
     out, began, console = Path(out), time.monotonic(), Console()
@@ -62,17 +66,27 @@ def run_demo(out: str | Path, *, quick: bool = False, seed: int = 0) -> Path:
     )
     train, held_out = write_windows(out / "photographs", train=TRAIN_WINDOWS, held_out=HELD_OUT_WINDOWS)
     config = demo_config(train, held_out, quick=quick, seed=seed)
-    run = out / f"run{'-quick' if quick else ''}-seed{seed}"
-    finished = pretrain(config, run, console=console)
+    runs = out / f"run{'-quick' if quick else ''}-seed{seed}"
+    console.rule("pretraining")
+    finished = pretrain(config, runs / "pretrained", console=console)
+    later = None
+    if finished.reason != "signal":
+        later = later_stages(finished.out, runs, config, share=QUICK if quick else 1, console=console)
+    if later is None:
+        console.print("stopped by a signal; the same command continues")
+        return None
     trained = time.monotonic() - began
-    console.print("judging and drawing ...")
-    backbones = load(run, step=0), load(run)
-    scores = judge(backbones, (open_source(train), open_source(held_out)), view(config))
-    page = demo_page(config, finished, scores, backbones, minutes=trained / 60)
+    console.rule("judging and drawing")
+    backbones, sources = (load(finished.out, step=0), load(finished.out)), (open_source(train), open_source(held_out))
+    scores = judge(backbones, sources, view(config))
+    stages = [measured("untrained", backbones[0], sources, config)]
+    stages.append(measured("pretrained", backbones[1], sources, config))
+    stages += [measured(heading, load(folder), sources, config) for heading, folder in later.items()]
+    page = demo_page(config, finished, scores, backbones, stages, minutes=trained / 60)
     path = page.write(out / "index.html")
-    before, after = (_percent(result) for result in (scores.before, scores.after))
     console.print(
-        f"k-NN on held-out windows, {len(PHOTOGRAPHS)} classes = the photographs: {before} untrained, {after} trained",
+        f"k-NN on held-out windows, {len(PHOTOGRAPHS)} classes = the photographs: "
+        + ", ".join(f"{stage.heading} {100 * stage.knn:.0f} %" for stage in stages),
         soft_wrap=True,
     )
     console.print(f"{time.monotonic() - began:.0f} s in all; page: {path.resolve()}", soft_wrap=True)
@@ -82,7 +96,7 @@ def run_demo(out: str | Path, *, quick: bool = False, seed: int = 0) -> Path:
 def demo_config(train: Path, held_out: Path, *, quick: bool, seed: int) -> Config:
     """The demo recipe on these folders; quick is the same recipe with a fifth of the steps and of the time limit."""
     config = recipe("demo")
-    share = 5 if quick else 1
+    share = QUICK if quick else 1
     steps = config.run.steps // share
     return replaced(
         config,
@@ -95,6 +109,7 @@ def demo_config(train: Path, held_out: Path, *, quick: bool, seed: int) -> Confi
             "run.minutes": None if config.run.minutes is None else config.run.minutes / share,
             "run.evaluate_every": max(steps // (3 if quick else 6), 1),
             "run.checkpoint_every": steps,
+            "run.history_every": max(steps // 5, 1),  # for the choice of the Gram teacher
             "optimizer.warmup": min(config.optimizer.warmup, steps // 5),
         },
     )
@@ -123,16 +138,17 @@ def demo_page(
     finished: Finished,
     scores: Scores,
     backbones: tuple[torch.nn.Module, torch.nn.Module],
+    stages: list[Stage],
     *,
     minutes: float,
 ) -> Page:
-    """The whole page; backbones = (untrained, trained)."""
+    """The whole page; backbones = (untrained, pretrained); stages: all of them."""
     rows = read_metrics(finished.out / "metrics.jsonl")
     parameters = sum(parameter.numel() for parameter in backbones[1].parameters())
     page = Page(
         "A vision backbone, trained here from scratch",
-        f"{finished.step} steps of DINOv3 pretraining on {len(PHOTOGRAPHS)} photographs, without a single label, "
-        f"in {minutes:.1f} minutes on this machine.",
+        f"{finished.step} steps of DINOv3 pretraining on {len(PHOTOGRAPHS)} photographs, without a single label; then "
+        f"Gram refinement, adaptation and two distilled students: {minutes:.1f} minutes on this machine.",
     )
     page.numbers(
         [
@@ -154,6 +170,8 @@ def demo_page(
     )
     _pca_section(page, before, after)
     _cosine_section(page, before, after)
+    pictured = {name: images[name] for name in PICTURED}
+    stages_section(page, stages[1:], pictured, seen_as)
     _closing_sections(page, config, finished)
     return page
 
@@ -266,7 +284,8 @@ def _closing_sections(page: Page, config: Config, finished: Finished) -> None:
         f"{len(PHOTOGRAPHS)} photographs teach a backbone about {len(PHOTOGRAPHS)} photographs. The released DINOv3 "
         "models saw 1.7 billion images with a network thousands of times larger. The steps are the same ones, though: "
         "point `dinov3 pretrain` at a folder of your own images for the real thing.",
-        f"Run folder: {finished.out.name} (config.yaml, metrics.jsonl, checkpoints). Recipe: {config.recipe}, "
+        f"Run folder: {finished.out.parent.name}/{finished.out.name} (config.yaml, metrics.jsonl, checkpoints). "
+        f"Recipe: {config.recipe}, "
         f"seed {config.run.seed}, batches of {config.run.batch_size}, {config.run.precision}.",
     )
     page.section(
