@@ -31,7 +31,7 @@ from .evaluation.measure import Groups, ProbeResult
 from .evaluation.retrieve import evaluate_retrieve
 from .evaluation.robustness import RobustnessSettings, evaluate_robustness
 from .evaluation.segment import SegmentSettings, evaluate_segment
-from .evaluation.view import View
+from .evaluation.view import AugmentedView, View
 from .presets import PRESETS, preset
 from .weights import Resolved, resolve
 from .words import Option
@@ -57,13 +57,13 @@ class Call:
         """The source that the option `name` describes."""
         return open_source(self.values[name])
 
-    def extracted(self, name: str) -> Extracted:
-        """Pooled features of the source `name`, with groups where it is the test source."""
+    def extracted(self, name: str, view: View | None = None) -> Extracted:
+        """Pooled features of the source `name`, with groups where it is the test source; view: another than its own."""
         source = self.source(name)
         found = extract(
             self.backbone,
             source,
-            self.view,
+            view or self.view,
             pooling=self.values["pooling"],
             precision=self.values["precision"],
             progress=lambda done, total: self.report(f"{name} images", done, total),
@@ -241,7 +241,7 @@ DENSE = (
     | _options(
         images=(int, "few-shot: labelled training images"),
         upsample=(int, "values per patch side at which the loss compares"),
-        layer=(int, "block whose patches are used, from 0; default: the last"),
+        layer=(int, "block (ConvNeXt: stage) whose patches are used, from 0; default: the last"),
         seed=(int, "seed of every draw"),
     )
 )
@@ -263,8 +263,24 @@ def _linear(call: Call) -> ProbeResult:
     settings = call.settings(LinearSettings())
     device = next(call.backbone.parameters()).device
     return evaluate_linear(
-        call.extracted("train"), call.extracted("test"), settings=settings, device=device, progress=call.report
+        call.extracted("train"),
+        call.extracted("test"),
+        views=[call.extracted("train", view) for view in _views(call, settings.training.seed)],
+        settings=settings,
+        device=device,
+        progress=call.report,
     )
+
+
+def _views(call: Call, seed: int) -> list[AugmentedView]:
+    """The random crops that the linear probe trains on, none by default."""
+    count = call.values["views"] or 0
+    if count < 0:
+        raise ValueError(f"views: expected at least 0 random crops of each image, got {count}")
+    view = call.view
+    return [
+        AugmentedView(size=view.size, mean=view.mean, std=view.std, seed=seed, epoch=epoch) for epoch in range(count)
+    ]
 
 
 def _segment(call: Call) -> ProbeResult:
@@ -344,7 +360,11 @@ PROBES = {
         ),
         CROP,
     ),
-    "linear": Probe(_linear, POOLED | FEW | HEADS, CROP),
+    "linear": Probe(
+        _linear,
+        POOLED | FEW | HEADS | _options(views=(int, "random crops of each training image to train on; 0: its view")),
+        CROP,
+    ),
     "segment": Probe(
         _segment, DENSE | _options(classes=(int, "number of classes; default: from the masks")), WHOLE_IMAGE
     ),
@@ -368,7 +388,7 @@ PROBES = {
             strength=(float, "how far a corner moves, as a share of the side"),
             thresholds=(numbers, "shares of the side within which a match is right, ascending"),
             keypoints=(int, "corners looked for in an image"),
-            layer=(int, "block whose patches are used, from 0; default: the last"),
+            layer=(int, "block (ConvNeXt: stage) whose patches are used, from 0; default: the last"),
             seed=(int, "seed of the warps"),
         ),
         WHOLE_IMAGE,

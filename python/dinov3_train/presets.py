@@ -1,5 +1,5 @@
-"""Settings of probes by name: those of the released evaluation code and of the paper, as far as a probe on frozen
-features of one view an image can follow them."""
+"""Settings of probes by name: those of the released evaluation code and of the paper, as far as probes on features
+that are extracted once can follow them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Preset:
 
 
 _ONE_VIEW = "features of one view of each image; the original trains on random crops and flips"
+_TEN_VIEWS = "ten random crops and flips of each image in turn; the original draws a new one each time"
 _RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
 PRESETS: dict[str, dict[str, Preset]] = {
@@ -48,9 +49,10 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 "learning_rates": tuple(rate * 128 / 256 for rate in _RATES),
                 "weight_decays": (0.0,),
                 "steps": 12500,
+                "views": 10,
                 "batch_size": 128,
             },
-            f"as the released evaluation, rates for one GPU; {_ONE_VIEW}",
+            f"as the released evaluation, rates for one GPU; {_TEN_VIEWS}",
         ),
         "paper": Preset(
             {
@@ -61,9 +63,10 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 "learning_rates": tuple(rate * 1024 / 256 for rate in _RATES),
                 "weight_decays": (0.0, 1e-5),
                 "steps": 12500,
+                "views": 10,
                 "batch_size": 1024,
             },
-            f"as the paper's text, with the rates of the released evaluation; {_ONE_VIEW}",
+            f"as the paper's text, with the rates of the released evaluation; {_TEN_VIEWS}",
         ),
     },
     "segment": {

@@ -84,6 +84,21 @@ def test_linear_reaches_the_optimum_that_logistic_regression_finds():
     assert linear.metrics["accuracy"].value == pytest.approx(oracle.score(test.numpy(), truth.numpy()), abs=0.007)
 
 
+def test_linear_trains_on_its_views_in_turn():
+    train, labels = clusters(120)
+    test, truth = clusters(100, seed=8)
+    good, other = extracted(train, labels), extracted(test, truth)
+    noise = torch.randn(120, 10, generator=torch.Generator().manual_seed(1))
+    plain = evaluate_linear(good, other, settings=LINEAR)
+    assert evaluate_linear(good, other, views=[good], settings=LINEAR).metrics == plain.metrics
+    alone = evaluate_linear(good, other, views=[extracted(noise, labels)], settings=LINEAR)
+    both = evaluate_linear(good, other, views=[good, extracted(noise, labels)], settings=LINEAR)
+    assert alone.metrics["accuracy"].value < 0.5 < both.metrics["accuracy"].value
+    assert both.settings["views"] == 2
+    with pytest.raises(ValueError, match="views expect features of the same training images"):
+        evaluate_linear(good, other, views=[other], settings=LINEAR)
+
+
 def test_accuracies_are_torchmetrics():
     predicted = torch.randint(6, (200,), generator=torch.Generator().manual_seed(0))
     truth = torch.randint(6, (200,), generator=torch.Generator().manual_seed(1))

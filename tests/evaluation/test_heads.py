@@ -16,7 +16,7 @@ def each_cross_entropy(logits, targets):
 
 
 def trained(settings, seen=None):
-    def batch(numbers):
+    def batch(numbers, epochs):
         if seen is not None:
             seen.append(numbers.tolist())
         return FEATURES[numbers], LABELS[numbers]
@@ -57,8 +57,16 @@ def test_each_head_is_the_one_torch_trains_alone(optimizer, clip):
 
 
 def test_every_image_comes_once_before_any_comes_again():
-    seen = []
-    trained(HeadTraining(learning_rates=(0.1,), steps=25, batch_size=4), seen)
+    seen, epochs = [], []
+
+    def batch(numbers, counted):
+        seen.append(numbers.tolist())
+        epochs.extend(counted.tolist())
+        return FEATURES[numbers], LABELS[numbers]
+
+    settings = HeadTraining(learning_rates=(0.1,), steps=25, batch_size=4)
+    train_heads(batch, each_cross_entropy, images=50, shape=(3, 6), settings=settings)
+    assert epochs == [0] * 50 + [1] * 50
     order = [number for numbers in seen for number in numbers]
     assert sorted(order[:50]) == sorted(order[50:100]) == list(range(50))
     assert order[:50] != order[50:100]
@@ -115,7 +123,7 @@ def test_refusals():
             HeadTraining(**{"learning_rates": (0.1,), **wrong})
     with pytest.raises(ValueError, match="no learning rate of .* finite loss"):
         train_heads(
-            lambda numbers: (FEATURES[numbers] * float("nan"), LABELS[numbers]),
+            lambda numbers, epochs: (FEATURES[numbers] * float("nan"), LABELS[numbers]),
             each_cross_entropy,
             images=50,
             shape=(3, 6),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from dinov3_train.config import Backbone
 from dinov3_train.evaluation.measure import value_of
 from dinov3_train.evaluation.segment import (
     SegmentSettings,
@@ -18,6 +19,8 @@ from dinov3_train.evaluation.segment import (
     pixel_statistics,
 )
 from dinov3_train.evaluation.view import View
+from dinov3_train.models.convnext import convnext_micro
+from dinov3_train.models.vit import VisionTransformer
 
 VIEW = View(size=32, resize="squash")
 QUICK = replace(SegmentSettings().training, steps=60, batch_size=8, warmup=5)
@@ -190,3 +193,23 @@ def test_refusals_come_before_any_work(mean_colour, pixel_source, as_png):
             evaluate_segment(mean_colour(), good, good, VIEW, settings=settings)
     with pytest.raises(ValueError, match="size: expected a multiple of the patch size 8"):
         evaluate_segment(mean_colour(), good, good, View(size=30), settings=SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["vit", "convnext"])
+def test_layers_of_both_architectures(pixel_source, name):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vit = VisionTransformer(Backbone(name="tiny", embed_dim=32, depth=2, heads=2, patch_size=8, layer_scale=1.0))
+        backbone = vit.eval() if name == "vit" else convnext_micro(patch_size=8).eval()
+    settings = replace(SETTINGS, training=replace(QUICK, steps=10))
+    results = [
+        evaluate_segment(
+            backbone, pixel_source(6, side=32), pixel_source(4, side=32), VIEW, settings=replace(settings, layer=layer)
+        )
+        for layer in (None, 0)
+    ]
+    assert results[0].metrics != results[1].metrics
+    with pytest.raises(ValueError, match="layers expects"):
+        evaluate_segment(
+            backbone, pixel_source(6, side=32), pixel_source(4, side=32), VIEW, settings=replace(settings, layer=99)
+        )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov3_train.evaluation.view import View
+from dinov3_train.evaluation.view import AugmentedView, View
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -58,3 +58,32 @@ def test_refusals():
         View(size=8, resize="crop")
     with pytest.raises(ValueError, match=r"short_side expects at least size \(32\), got 16"):
         View(size=32, short_side=16)
+
+
+def test_the_part_that_is_seen_is_the_part_that_is_cut():
+    ramp = np.zeros((60, 100, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(100), np.arange(60)[:, None]
+    for view in (View(size=60), View(size=30), View(size=40, short_side=60), View(size=20, resize="squash")):
+        left, top, right, bottom = view.seen(100, 60)
+        pixels = view.pixels(Image.fromarray(ramp)).float()
+        # the mean place of the pixels of a view is the middle of the part it shows
+        assert float(pixels[0].mean()) == pytest.approx((left + right - 1) / 2, abs=1.0)
+        assert float(pixels[1].mean()) == pytest.approx((top + bottom - 1) / 2, abs=1.0)
+        spread = float(pixels[0].max() - pixels[0].min())
+        assert spread == pytest.approx(right - left, abs=(right - left) / view.size + 3)
+
+
+def test_augmented_views_are_a_function_of_seed_epoch_and_number():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3)).astype(np.uint8))
+    first = AugmentedView(size=24, seed=1, epoch=0)
+    assert torch.equal(first.pixels_of(image, 5), AugmentedView(size=24, seed=1, epoch=0).pixels_of(image, 5))
+    others = (first.pixels_of(image, 6), AugmentedView(size=24, seed=1, epoch=1).pixels_of(image, 5))
+    assert all(not torch.equal(first.pixels_of(image, 5), other) for other in others)
+    assert first.pixels_of(image, 5).shape == (3, 24, 24)
+    whole = AugmentedView(size=24, scale=(1.0, 1.0))
+    square = Image.fromarray(np.arange(24 * 24 * 3).reshape(24, 24, 3).astype(np.uint8))
+    expected = torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    drawn = {number: whole.pixels_of(square, number) for number in range(20)}
+    mirrored = [not torch.equal(pixels, expected) for pixels in drawn.values()]
+    assert 3 < sum(mirrored) < 17  # the central crop of the only area, as it is or mirrored
+    assert View(size=24).pixels_of(image, 3).equal(View(size=24).pixels(image))

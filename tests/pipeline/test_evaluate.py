@@ -65,7 +65,7 @@ BOTH = ("train=DATA", "test=DATA")
 CALLS = {
     "knn": (*BOTH, "k=3"),
     "logistic": (*BOTH, "strengths=0.1,1", "shots=4"),
-    "linear": (*BOTH, *QUICK),
+    "linear": (*BOTH, *QUICK, "views=2"),
     "segment": (*BOTH, *QUICK, "images=8"),
     "depth": (*BOTH, *QUICK, "bins=8"),
     "match": ("data=DATA", "images=7"),

@@ -89,7 +89,7 @@ def patch_batches(
     Unreadable images are left out and named in their batch. Errors: ValueError for a target of another size.
     """
 
-    def pixels_and_target(image: Image.Image, beside: Companion | None, name: str) -> tuple[Tensor, Tensor]:
+    def pixels_and_target(image: Image.Image, beside: Companion | None, name: str, _: int) -> tuple[Tensor, Tensor]:
         values = target.read(beside, name)
         check_size(values, image.size, name)
         return view.pixels(image), cut(values, view)

@@ -236,7 +236,7 @@ def _fit(
     mean, std = bank.scale(device)
     centres = torch.linspace(settings.nearest, settings.farthest, settings.bins, device=device)
 
-    def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(numbers: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         taken = rows[numbers]
         return (bank.patches[taken].to(device) - mean) / std, bank.targets[taken].to(device)
 

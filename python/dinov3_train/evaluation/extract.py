@@ -92,7 +92,12 @@ def extract(
         raise ValueError(f"extract: batch_size expects at least 1, got {batch_size}")
     pooled, numbers, unreadable = [], [], []
     with evaluating(backbone):
-        batches = prepared(source, lambda image, *_: view.pixels(image), batch_size=batch_size, workers=workers)
+        batches = prepared(
+            source,
+            lambda image, beside, name, number: view.pixels_of(image, number),
+            batch_size=batch_size,
+            workers=workers,
+        )
         for readable, failed in batches:
             if readable:
                 pixels = torch.stack([made for _, made in readable])

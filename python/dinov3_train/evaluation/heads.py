@@ -94,7 +94,7 @@ class Heads:
 
 
 def train_heads(
-    batch: Callable[[Tensor], tuple[Tensor, object]],
+    batch: Callable[[Tensor, Tensor], tuple[Tensor, object]],
     loss: Callable[[Tensor, object], Tensor],
     *,
     images: int,
@@ -106,7 +106,8 @@ def train_heads(
     """Train all heads of the grid at once, on the same batches in the same order.
 
     Args:
-        batch: numbers (b,) of images in [0, images) -> (features (b, ..., D) on the device, their targets).
+        batch: numbers (b,) of images in [0, images), how often each has been seen before (b,) -> (features (b, ..., D)
+            on the device, their targets).
         loss: (logits (H, b, ..., C), targets) -> (H,), the loss of each head.
         images: how many there are.
         shape: (C, D).
@@ -125,7 +126,7 @@ def train_heads(
     for step in range(settings.steps):
         for group, (rate, _) in zip(optimizer.param_groups, settings.grid):
             group["lr"] = rate * settings.factor(step)
-        features, targets = batch(order.next())
+        features, targets = batch(*order.next())
         if settings.dropout:
             features = features * _kept_channels(features, settings, step)
         losses = loss(Heads(torch.stack(weights), torch.stack(biases))(features), targets)  # (H,)
@@ -169,16 +170,18 @@ class _Order:
 
     def __init__(self, images: int, settings: HeadTraining) -> None:
         self._images, self._settings, self._epoch = images, settings, 0
-        self._left = torch.empty(0, dtype=torch.int64)
+        self._left = torch.empty(2, 0, dtype=torch.int64)  # numbers, epochs
 
-    def next(self) -> Tensor:
-        """int64 (batch size,), or all images where there are fewer."""
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Numbers and epochs, int64 (batch size,), or all images where there are fewer."""
         size = min(self._settings.batch_size, self._images)
-        while len(self._left) < size:
+        while self._left.shape[1] < size:
             order = permutation(self._settings.seed, f"evaluation/epoch/{self._epoch}", self._images)
-            self._left, self._epoch = torch.cat([self._left, torch.from_numpy(order)]), self._epoch + 1
-        taken, self._left = self._left[:size], self._left[size:]
-        return taken
+            epoch = torch.full((self._images,), self._epoch)
+            self._left = torch.cat([self._left, torch.stack([torch.from_numpy(order), epoch])], dim=1)
+            self._epoch += 1
+        taken, self._left = self._left[:, :size], self._left[:, size:]
+        return taken[0], taken[1]
 
 
 def _kept_channels(features: Tensor, settings: HeadTraining, step: int) -> Tensor:

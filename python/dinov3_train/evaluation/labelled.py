@@ -16,13 +16,15 @@ from dinov3_train.evaluation.measure import ClassMeans, Groups, Measured, by_gro
 class Labelled:
     """Training features (m, D) and labels (m,), test features (n, D) and labels (n,), labels from 0 to C - 1.
 
-    classes: C names, or the numbers of the sources as text; groups: of the n test images, or None.
+    rows: (m,) of the training images in what was extracted; groups: of the n test images, or None.
+    classes: C names, or the numbers of the sources as text.
     """
 
     train: Tensor
     train_labels: Tensor
     test: Tensor
     test_labels: Tensor
+    rows: Tensor
     classes: tuple[str, ...]
     train_unlabelled: int
     test_unlabelled: int
@@ -70,6 +72,7 @@ def labelled(probe: str, train: Extracted, test: Extracted, *, shots: int | None
         train_labels=labels,
         test=test.features[test_kept],
         test_labels=torch.searchsorted(numbers, aligned[test_kept]),
+        rows=rows,
         classes=tuple(_name(number, train.classes) for number in numbers.tolist()),
         train_unlabelled=int((~kept).sum()),
         test_unlabelled=int((~test_kept).sum()),

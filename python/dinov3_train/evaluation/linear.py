@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -40,24 +40,38 @@ def evaluate_linear(
     train: Extracted,
     test: Extracted,
     *,
+    views: Sequence[Extracted] = (),
     settings: LinearSettings = DEFAULTS,
     device: torch.device | str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ProbeResult:
     """Classify labelled test images by a linear layer trained on the labelled training images.
 
-    Features are used as they are. Args: device, of the layer; progress, called with (what, done, in all).
-    Errors: ValueError as `labelled` says, for a held-out share outside (0, 1), or rates of which none is stable.
+    Features are used as they are.
+
+    Args:
+        train, test: features and labels.
+        views: features of the same training images under random crops (`AugmentedView`); the layer trains on one after
+            another, a new one each time all images were seen. None given: it trains on `train`.
+        settings: of the layer; device: where it is trained.
+        progress: called with (what, done, in all).
+
+    Errors: ValueError as `labelled` says, for a held-out share outside (0, 1), views of other images, or rates of which
+        none is stable.
     Source: the linear probe of DINOv2 and DINOv3 (arXiv 2304.07193, 2508.10104).
     """
     training = settings.training
     found = labelled("evaluate_linear", train, test, shots=settings.shots, seed=training.seed)
     report = progress or (lambda what, done, total: None)
+    for view in views:
+        if view.names != train.names or view.features.shape != train.features.shape:
+            raise ValueError("evaluate_linear: views expect features of the same training images, got others")
+    seen = [view.features[found.rows] for view in views] or [found.train]
     parts = split_labelled(found.train_labels, settings.held_out, training.seed)
     details = {}
     if len(training.grid) > 1 and parts is not None:
         kept, held_out = parts
-        heads = _fit(found, kept, training, device, lambda *done: report("learning rates", *done))
+        heads = _fit(found, seen, kept, training, device, lambda *done: report("learning rates", *done))
         scores = _shares(heads, found.train[held_out], found.train_labels[held_out])
         rate, decay = training.grid[best_of(scores)]
         details = {
@@ -70,23 +84,29 @@ def evaluate_linear(
         rate, decay = training.grid[len(training.grid) // 2]
     training = replace(training, learning_rates=(rate,), weight_decays=(decay,))
     everything = torch.arange(len(found.train))
-    heads = _fit(found, everything, training, device, lambda *done: report("linear layer", *done))
+    heads = _fit(found, seen, everything, training, device, lambda *done: report("linear layer", *done))
     predicted = heads(found.test.to(heads.weight.device))[0].argmax(dim=1).cpu()
     return ProbeResult(
         probe="linear",
         metrics=accuracies(predicted, found.test_labels),
         chance=chance(found),
         counts=found.counts,
-        settings={**test.settings, **asdict(settings)},
+        settings={**test.settings, "views": len(views), **asdict(settings)},
         details={**details, "learning_rate": rate, "weight_decay": decay},
         groups=accuracy_groups(found, predicted),
     )
 
 
 def _fit(
-    found: Labelled, rows: Tensor, training: HeadTraining, device: torch.device | str, progress: Callable
+    found: Labelled,
+    seen: list[Tensor],
+    rows: Tensor,
+    training: HeadTraining,
+    device: torch.device | str,
+    progress: Callable,
 ) -> Heads:
-    features, labels = found.train[rows].to(device), found.train_labels[rows].to(device)
+    features = torch.stack([view[rows] for view in seen]).to(device)  # (V, m, D)
+    labels = found.train_labels[rows].to(device)
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         heads = logits.shape[0]
@@ -94,10 +114,10 @@ def _fit(
         return each.view(heads, -1).mean(dim=1)
 
     return train_heads(
-        lambda numbers: (features[numbers], labels[numbers]),
+        lambda numbers, epochs: (features[epochs % len(seen), numbers], labels[numbers]),
         loss,
         images=len(rows),
-        shape=(len(found.classes), features.shape[1]),
+        shape=(len(found.classes), features.shape[2]),
         settings=training,
         device=device,
         progress=progress,

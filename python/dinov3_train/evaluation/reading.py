@@ -22,7 +22,7 @@ Companion = tuple[str, bytes]  # suffix and content of a file beside the image
 
 def prepared(
     source: Source,
-    prepare: Callable[[Image.Image, Companion | None, str], Prepared],
+    prepare: Callable[[Image.Image, Companion | None, str, int], Prepared],
     *,
     numbers: Sequence[int] | None = None,
     companions: Sequence[str] = (),
@@ -33,7 +33,8 @@ def prepared(
 
     Args:
         source: has `len`, `name(i)`, `read(i)`, and `read_extra(i, suffix)` where companions are asked for.
-        prepare: (RGB image, its companion or None, its name) -> anything; runs in threads, may raise UnreadableImage.
+        prepare: (RGB image, its companion or None, its name, its number) -> anything; runs in threads, may raise
+            UnreadableImage.
         numbers: images to take; None: all.
         companions: suffixes of files beside the image; the first there is is read.
         batch_size: images per batch.
@@ -48,7 +49,7 @@ def prepared(
         try:
             for start in range(0, len(numbers), batch_size):
                 part = numbers[start : start + batch_size]
-                pending.append([(n, threads.submit(_made, prepare, *_read(source, n, companions))) for n in part])
+                pending.append([(n, threads.submit(_made, prepare, n, *_read(source, n, companions))) for n in part])
                 if len(pending) > 2:
                     yield _collected(pending.popleft())
             while pending:
@@ -87,7 +88,8 @@ def _read(
 
 
 def _made(
-    prepare: Callable[[Image.Image, Companion | None, str], Prepared],
+    prepare: Callable[[Image.Image, Companion | None, str, int], Prepared],
+    number: int,
     data: bytes | Image.Image | UnreadableImage,
     beside: Companion | None,
     name: str,
@@ -95,7 +97,7 @@ def _made(
     try:
         if isinstance(data, UnreadableImage):
             raise data
-        return prepare(decode(data, name), beside, name)
+        return prepare(decode(data, name), beside, name, number)
     except UnreadableImage as error:
         return error
 

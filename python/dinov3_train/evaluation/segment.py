@@ -250,7 +250,7 @@ def _fit(
 ) -> LinearLayer:
     mean, std = scale
 
-    def batch(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(numbers: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         taken = rows[numbers]
         return (bank.patches[taken].to(mean.device) - mean) / std, bank.targets[taken].to(mean.device)
 

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dinov3_train.counter import uniform
+from dinov3_train.data.augmentation import DRAWS, FLIP, crop_box
 from dinov3_train.data.batch import normalize
 
 RESIZES = ("short_side_center_crop", "squash")
@@ -58,6 +60,10 @@ class View:
         resized = image if sides == image.size else image.resize(sides, Image.Resampling.BICUBIC)
         return to_pixels(resized.crop((left, top, left + self.size, top + self.size)))
 
+    def pixels_of(self, image: Image.Image, number: int) -> Tensor:
+        """The same; a view may depend on the number that the image has in its source."""
+        return self.pixels(image)
+
     def seen(self, width: int, height: int) -> tuple[int, int, int, int]:
         """(left, top, right, bottom): the part of an image of these sides, in its own pixels, that the view shows."""
         if self.resize == "squash":
@@ -75,6 +81,26 @@ class View:
     def normalized(self, pixels: Tensor) -> Tensor:
         """fp32 of uint8 (..., 3, Y, X), on the same device: (pixels / 255 - mean) / std."""
         return normalize(pixels, self.mean, self.std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentedView(View):
+    """A random crop of the area `scale`, resized to `size`, mirrored half of the time; a function of (seed, epoch,
+    number of the image). It is what linear probes train on in the papers.
+
+    scale: shares of the image's area, low and high, in (0, 1].
+    """
+
+    seed: int = 0
+    epoch: int = 0
+    scale: tuple[float, float] = (0.08, 1.0)
+
+    def pixels_of(self, image: Image.Image, number: int) -> Tensor:
+        """uint8 (3, size, size) of the RGB image `number`."""
+        draws = uniform(self.seed, f"evaluation/view/{self.epoch}", number, DRAWS)
+        left, top, width, height = crop_box(draws, image.width, image.height, self.scale)
+        cut = image.crop((left, top, left + width, top + height)).resize((self.size,) * 2, Image.Resampling.BICUBIC)
+        return to_pixels(cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[FLIP] < 0.5 else cut)
 
 
 def to_pixels(image: Image.Image) -> Tensor:
