@@ -28,7 +28,16 @@ from .evaluation.knn import evaluate_knn
 from .evaluation.monitor import PREFIX, Monitor, history_of
 from .evaluation.panel import open_panel
 from .evaluation.view import View
-from .losses import DinoLoss, GramLoss, IbotLoss, KoLeoLoss, Term
+from .losses import (
+    DenseHeadLoss,
+    DinoLoss,
+    FeatureDistillationLoss,
+    GramLoss,
+    IbotLoss,
+    KoLeoLoss,
+    PatchKoLeoLoss,
+    Term,
+)
 from .models.architectures import backbone_of
 from .models.convnext import ConvNeXt
 from .models.heads import ProjectionHead
@@ -160,7 +169,7 @@ def new_state(config: Config, here: Ranks, imported: Resolved | None = None) -> 
         student, betas=rules.betas, layer_decay=rules.layer_decay, patch_embed_multiplier=rules.patch_embed_multiplier
     )
     state = TrainState(student, teacher, optimizer, replicated(student, here.world_size, here.group))
-    if config.gram.weight:
+    if config.gram.weight or config.gram.features:
         state.gram_teacher = gram_teacher(config, state.teacher, here.device)
     return state
 
@@ -215,6 +224,7 @@ def networks(config: Config) -> Networks:
         backbone = backbone_of(config.backbone)
         dino_head = ProjectionHead(config.backbone.embed_dim, config.dino_head)
         ibot_head = ProjectionHead(config.backbone.embed_dim, config.ibot_head)
+        dense_head = ProjectionHead(config.backbone.embed_dim, config.ibot_head) if config.losses.dense else None
     # a head without a loss gets no gradient, which DistributedDataParallel would wait for
     dino_head.requires_grad_(config.losses.dino > 0)
     ibot_head.requires_grad_(config.losses.ibot > 0)
@@ -224,6 +234,7 @@ def networks(config: Config) -> Networks:
         ibot_head,
         checkpointing=config.run.checkpointing,
         hide_masked=config.masking.hide,
+        dense_head=dense_head,
     ).train()
 
 
@@ -238,8 +249,14 @@ def terms(config: Config) -> tuple[Term, ...]:
         found.append(IbotLoss(weight=losses.ibot, student_temperature=temperature))
     if losses.koleo:
         found.append(KoLeoLoss(weight=losses.koleo, group=losses.koleo_group))
+    if losses.koleo_patches:
+        found.append(PatchKoLeoLoss(weight=losses.koleo_patches))
+    if losses.dense:
+        found.append(DenseHeadLoss(weight=losses.dense, student_temperature=temperature))
     if config.gram.weight:
         found.append(GramLoss(weight=config.gram.weight, clip=config.gram.clip, level=config.gram.level))
+    if config.gram.features:
+        found.append(FeatureDistillationLoss(weight=config.gram.features))
     return tuple(found)
 
 

@@ -153,6 +153,8 @@ class Losses:
     dino: float = 1.0
     ibot: float = 1.0
     koleo: float = 0.1
+    koleo_patches: float = 0.0  # KoLeo among the patches of a crop; of the study dense-regularizers
+    dense: float = 0.0  # a dense head, of the iBOT head's shape, at every patch; of the study dense-regularizers
     koleo_group: int | None = None  # images a nearest neighbour is looked for in; None: the rank's batch
     student_temperature: float = 0.1
     teacher_temperature: float = 0.07
@@ -173,6 +175,7 @@ class Gram:
     """
 
     weight: float = 0.0  # of the mean squared difference of similarities; 0: no Gram term, no Gram teacher
+    features: float = 0.0  # weight of 1 - cos to the Gram teacher's own patch features; of the study dense-regularizers
     ramp: int = 0  # steps of a cosine from 0 to `weight`
     teacher: str | None = None  # "ema": the live EMA teacher | RUN, one of its checkpoints or history files, FILE, ...
     clip: str = "none"  # negative similarities count as zero: "none" | "both" sides | the "teacher"'s only

@@ -146,7 +146,7 @@ def _check_sides(config: Config) -> None:
                 f"{prefix}gram_size: the Gram teacher's crop expects at least the global crop's side "
                 f"{each.global_size}, got {each.gram_size}"
             )
-        if not config.gram.weight:
+        if not (config.gram.weight or config.gram.features):
             raise ValueError(
                 f"{prefix}gram_size: {each.gram_size} is set, but there is no Gram term (gram.weight=0); "
                 "set gram.weight, or leave the Gram crop out"
@@ -180,7 +180,9 @@ def _check_gram(config: Config) -> None:
         "gram.refreshes": gram.refreshes or 0,
         "losses.local_weight_ramp": losses.local_weight_ramp,
     }
-    for key, value in {"gram.weight": gram.weight, **whole}.items():
+    numbers = {"gram.weight": gram.weight, "gram.features": gram.features}
+    numbers |= {"losses.koleo_patches": losses.koleo_patches, "losses.dense": losses.dense}
+    for key, value in {**numbers, **whole}.items():
         if value < 0:
             raise ValueError(f"{key}: expected at least 0, got {value:g}")
     if gram.crops is not None and not 1 <= gram.crops <= config.crops.globals:
@@ -283,7 +285,10 @@ def counted_crops(config: Config) -> list[tuple[float, Crops]]:
         (
             share,
             dataclasses.replace(
-                crops, gram_size=(crops.gram_size or crops.global_size) if config.gram.weight else None
+                crops,
+                gram_size=(crops.gram_size or crops.global_size)
+                if config.gram.weight or config.gram.features
+                else None,
             ),
         )
         for share, crops in resolutions(config.crops)

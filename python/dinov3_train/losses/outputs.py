@@ -23,6 +23,7 @@ class Outputs:
     patches: Tensor  # (G, B, N, D) normed patch tokens of the global crops, masked positions included
     dino_logits: Tensor  # (G + L, B, K) of every crop's CLS, global crops first
     ibot_logits: Tensor  # (M, K) of the masked patches
+    dense_logits: Tensor | None = None  # (G B N, K) of every patch, where there is a dense head
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Targets:
     ibot_logits: Tensor  # (M, K)
     ibot_potentials: Potentials  # rows (M,), columns (K,)
     temperature: float  # of the teacher's logits
+    dense_logits: Tensor | None = None  # (G B N, K)
+    dense_potentials: Potentials | None = None  # rows (G B N,), columns (K,)
     gram_patches: Tensor | None = None  # (G', B, N, D') the Gram teacher's patches on the student's grid, G' <= G
 
 

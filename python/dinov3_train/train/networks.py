@@ -16,11 +16,12 @@ from ..models.draws import TrainingDraws
 from ..models.heads import ProjectionHead
 from ..models.vit import VisionTransformer
 
-MODULES = ("backbone", "dino_head", "ibot_head")  # what is clipped separately and averaged into the teacher
+# what is clipped separately and averaged into the teacher; the dense head where there is one
+MODULES = ("backbone", "dino_head", "ibot_head", "dense_head")
 
 
 class Networks(nn.Module):
-    """Backbone, DINO head on CLS tokens, iBOT head on masked patches."""
+    """Backbone, DINO head on CLS tokens, iBOT head on masked patches, perhaps a dense head on every patch."""
 
     def __init__(
         self,
@@ -30,6 +31,7 @@ class Networks(nn.Module):
         *,
         checkpointing: str,
         hide_masked: bool = True,
+        dense_head: ProjectionHead | None = None,
     ):
         """checkpointing: of activations; hide_masked: whether the student sees the mask token at masked patches."""
         super().__init__()
@@ -37,6 +39,7 @@ class Networks(nn.Module):
         self.backbone = backbone
         self.dino_head = dino_head
         self.ibot_head = ibot_head
+        self.dense_head = dense_head
         self.checkpointing = checkpointing
 
     def forward(
@@ -65,6 +68,7 @@ class Networks(nn.Module):
             patches=patches.unflatten(0, (-1, images)),
             dino_logits=self.dino_head(cls).unflatten(0, (-1, images)),
             ibot_logits=self.ibot_head(masked),
+            dense_logits=None if self.dense_head is None else self.dense_head(patches.flatten(0, 1)),
         )
 
     @torch.no_grad()
@@ -83,6 +87,7 @@ class Networks(nn.Module):
         features = self.backbone.forward_packed([global_crops.flatten(0, 1)])[0]
         masked = features.patches.flatten(0, 1)[batch.mask_indices]  # (M, D)
         dino_logits, ibot_logits = self.dino_head(features.cls), self.ibot_head(masked)  # (G B, K), (M, K)
+        dense_logits = None if self.dense_head is None else self.dense_head(features.patches.flatten(0, 1))
         settings = {"temperature": temperature, "iterations": iterations, "collectives": collectives}
         return Targets(
             dino_logits=dino_logits.unflatten(0, global_crops.shape[:2]),
@@ -90,6 +95,8 @@ class Networks(nn.Module):
             ibot_logits=ibot_logits,
             ibot_potentials=sinkhorn_knopp(ibot_logits, **settings),
             temperature=temperature,
+            dense_logits=dense_logits,
+            dense_potentials=None if dense_logits is None else sinkhorn_knopp(dense_logits, **settings),
         )
 
 

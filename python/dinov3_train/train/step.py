@@ -164,8 +164,10 @@ def train_step(
 def clip_per_module(student: Networks, clip: float | None) -> dict[str, Tensor]:
     """Clip the gradients of backbone and heads separately to `clip`; the norms before clipping."""
     norms = {}
-    for name in MODULES:
-        parameters = list(getattr(student, name).parameters())
+    for name, module in ((name, getattr(student, name)) for name in MODULES):
+        if module is None:
+            continue
+        parameters = list(module.parameters())
         norms[name] = nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)
     return norms
 
