@@ -321,11 +321,11 @@ def export(
     words: Words = None,
     to: Annotated[str | None, typer.Option("--to", help="hf, timm, meta, safetensors or onnx; as to=NAME.")] = None,
 ) -> None:
-    """Weights written out: backbone=RUN to=hf|timm|meta|safetensors|onnx out=PATH [heads=true]; checked there."""
+    """Weights written out: backbone=RUN out=PATH [to=hf|timm|meta|safetensors|onnx] [heads=true]; checked there."""
     from .commands_export import export_weights as run
 
     options = BACKBONE | {
-        "to": Option(str, required=True, help="hf, timm, meta, safetensors or onnx"),
+        "to": Option(str, help="hf, timm, meta, safetensors or onnx; default: by the suffix of out"),
         "out": Option(Path, required=True, help="new file or folder"),
         "heads": Option(_yes, default=False, help="true or false: the projection heads too (safetensors)"),
     }

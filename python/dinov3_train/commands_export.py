@@ -7,9 +7,14 @@ from pathlib import Path
 from .weights import resolve
 from .weights.export import FORMATS, export
 
+SUFFIXES = {".safetensors": "safetensors", ".onnx": "onnx", ".pth": "meta"}
 
-def export_weights(*, backbone: str, step: int | None, to: str, out: Path, heads: bool) -> None:
+
+def export_weights(*, backbone: str, step: int | None, to: str | None, out: Path, heads: bool) -> None:
     """Resolve, write, read back, compare; print what was found and under which licence it stands."""
+    to = to or SUFFIXES.get(out.suffix.lower())
+    if to is None:
+        raise ValueError(f"export: expected to=hf, timm, meta, safetensors or onnx for out={out}, got nothing")
     found = resolve(backbone, step=step)
     print(f"from {found.origin}: {found.architecture.name}, licence: {found.licence}")
     done = export(found, to, out, heads=heads)

@@ -148,3 +148,15 @@ def test_what_a_form_cannot_hold_is_said(small, tmp_path):
     with pytest.raises(ValueError, match="the K third of blocks.0.attn.qkv.bias is not zero"):
         export(biased, "hf", tmp_path / "y")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
+
+
+def test_the_suffix_says_the_format_and_nothing_says_none(tmp_path):
+    from dinov3_train.commands_export import export_weights
+
+    small = {"backbone": "nowhere", "step": None, "heads": False}
+    with pytest.raises(
+        ValueError, match=r"export: expected to=hf, timm, meta, safetensors or onnx for out=.*model, got"
+    ):
+        export_weights(**small, to=None, out=tmp_path / "model")
+    with pytest.raises(ValueError, match="nowhere"):  # the format is known: what is missing is the backbone
+        export_weights(**small, to=None, out=tmp_path / "model.safetensors")
