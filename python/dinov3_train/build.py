@@ -483,11 +483,9 @@ def _say_start(
     console: Console, config: Config, source: Source, here: Ranks, folder: RunFolder, step: int | None
 ) -> None:
     run = config.run
-    begun = (
-        "from scratch"
-        if config.start.run is None
-        else f"beginning with the {config.start.student} of {config.start.run}"
-    )
+    begun = "from scratch" if config.init.weights is None else f"from {config.init.weights}"
+    if config.start.run is not None:
+        begun = f"beginning with the {config.start.student} of {config.start.run}"
     start = begun if step is None else f"continuing at step {step}"
     console.print(
         f"{config.recipe or 'run'}: {config.backbone.name}/{config.backbone.patch_size}, {len(source)} images, "
