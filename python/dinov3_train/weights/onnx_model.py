@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.convnext import ConvNeXt
+from ..models.convnext import ConvNeXt, resized_map
 from ..models.layers import Block
 from ..models.rope import periods
 from ..models.vit import VisionTransformer
@@ -72,8 +72,16 @@ class ConvNeXtGraph(nn.Module):
         self.backbone = backbone
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        found = self.backbone.features(images)
-        return found.cls, found.registers, found.patches
+        model, x = self.backbone, images
+        for downsample, stage in zip(model.downsample_layers, model.stages):
+            x = downsample(x)
+            for block in stage:
+                x = block(x, None)  # (B, C, h, w)
+        pooled = x.mean(dim=(2, 3))[:, None]
+        if model.patch_size != model.stride:
+            x = resized_map(x, (images.shape[2] // model.patch_size, images.shape[3] // model.patch_size))
+        tokens = model.norm(torch.cat((pooled, x.flatten(2).transpose(1, 2)), dim=1))  # (B, 1 + N, D)
+        return tokens[:, 0], tokens[:, :0], tokens[:, 1:]
 
 
 def graph_of(backbone: VisionTransformer | ConvNeXt) -> nn.Module:
