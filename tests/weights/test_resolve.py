@@ -131,6 +131,12 @@ def test_names_of_the_hub(small, tmp_path, monkeypatch):
     assert loaded.origin.startswith("hf:me/model")
 
 
+def test_an_unrelated_config_beside_a_file_is_not_asked(small, tmp_path):
+    save_file(small().backbone.state_dict(), tmp_path / "x.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    assert resolve(tmp_path / "x.safetensors").architecture == small().architecture
+
+
 def test_half_precision_is_read_as_fp32(small, tmp_path):
     state = {key: tensor.bfloat16() for key, tensor in small().backbone.state_dict().items()}
     save_file(state, tmp_path / "half.safetensors")

@@ -53,7 +53,7 @@ def from_file(path: Path) -> Resolved:
     parts = parts_of(content, str(path))
     stated = Stated()
     config = path.parent / "config.json"
-    if own is None and config.is_file() and path.suffix == ".safetensors":
+    if own is None and path.suffix == ".safetensors" and config.is_file() and _describes_backbone(config):
         stated, dialect = stated_in(path.parent)
         stated = stated if dialect == parts.dialect else Stated()
     return resolved(parts, stated, own, origin=str(path))
@@ -190,6 +190,12 @@ def beside(path: Path) -> About | None:
     """The description this package wrote beside a file that has no header for it."""
     note = path.with_name(path.name + ".json")
     return metadata.from_json(note.read_text(), str(note)) if note.is_file() else None
+
+
+def _describes_backbone(config: Path) -> bool:
+    """Whether a `config.json` that happens to lie beside a file is of transformers' DINOv3 or of timm."""
+    found = _json(config)
+    return str(found.get("model_type", "")).startswith("dinov3") or "architecture" in found
 
 
 def _json(path: Path) -> dict:
