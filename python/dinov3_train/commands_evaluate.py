@@ -24,13 +24,15 @@ from .evaluation.extract import Extracted, extract, grouped
 from .evaluation.heads import HeadTraining
 from .evaluation.knn import KnnResult
 from .evaluation.knn import evaluate_knn as knn
+from .evaluation.labelled import check_sources
 from .evaluation.linear import LinearSettings, evaluate_linear
 from .evaluation.logistic import LogisticSettings, evaluate_logistic
 from .evaluation.match import MatchSettings, evaluate_match, evaluate_pairs, read_pairs
-from .evaluation.measure import Groups, ProbeResult
+from .evaluation.measure import ProbeResult
 from .evaluation.retrieve import evaluate_retrieve
 from .evaluation.robustness import RobustnessSettings, evaluate_robustness
 from .evaluation.segment import SegmentSettings, evaluate_segment
+from .evaluation.summary import lines
 from .evaluation.view import AugmentedView, View
 from .presets import PRESETS, preset
 from .weights import Resolved, resolve
@@ -69,6 +71,10 @@ class Call:
             progress=lambda done, total: self.report(f"{name} images", done, total),
         )
         return grouped(found, source, None if name in ("train", "gallery") else self.values["group"])
+
+    def check_labels(self, probe: str, **what: int | None) -> None:
+        """Errors of labels and groups, before any image is decoded."""
+        check_sources(probe, self.source("train"), self.source("test"), group=self.values["group"], **what)
 
     def settings(self, defaults):
         """Settings of a probe with the values that were given."""
@@ -136,43 +142,6 @@ def given(defaults, values: dict[str, object]):
         elif values.get(entry.name) is not None:
             changes[entry.name] = values[entry.name]
     return replace(defaults, **changes)
-
-
-def lines(result: ProbeResult | KnnResult) -> Iterator[str]:
-    """What is printed of a result."""
-    if isinstance(result, KnnResult):
-        for score in result.scores:
-            yield (
-                f"k={score.k}: accuracy {score.accuracy:.4f}, mean per class {score.mean_per_class:.4f} "
-                f"{_interval(score.mean_per_class_interval)}"
-            )
-        yield (
-            f"{result.train_images} training and {result.test_images} test images, {result.classes} classes, "
-            f"{result.settings['pooling']}"
-        )
-    else:
-        for name, found in result.metrics.items():
-            chance = f", chance {result.chance[name]:.4f}" if name in result.chance else ""
-            yield f"{name.replace('_', ' ')} {found.value:.4f} {_interval((found.low, found.high))}{chance}"
-        yield ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result.counts.items())
-        chosen = {key: value for key, value in result.details.items() if isinstance(value, (int, float))}
-        if chosen:
-            yield ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in chosen.items())
-    if result.groups is not None:
-        yield from _group_lines(result.groups)
-
-
-def _group_lines(groups: Groups) -> Iterator[str]:
-    ordered = sorted(groups.scores.items(), key=lambda entry: entry[1].value)
-    for name, score in ordered if len(ordered) <= 12 else [*ordered[:5], *ordered[-5:]]:
-        interval = _interval((score.low, score.high))
-        yield f"group {name}: {groups.metric} {score.value:.4f} {interval}, {score.images} images"
-    more = f", {groups.without} images without a group" if groups.without else ""
-    yield f"{len(ordered)} groups: worst {groups.worst}, best {groups.best}, gap {groups.gap:.4f}{more}"
-
-
-def _interval(ends: tuple[float, float]) -> str:
-    return f"[{ends[0]:.4f}, {ends[1]:.4f}]"
 
 
 @contextmanager
@@ -251,16 +220,19 @@ CROP = {"resize": "short_side_center_crop", "precision": "fp32", "pooling": "cls
 
 def _knn(call: Call) -> KnnResult:
     names = ("k", "temperature", "shots", "seed")
+    call.check_labels("knn", shots=call.values["shots"], k=max(call.values["k"]))
     return knn(call.extracted("train"), call.extracted("test"), **{name: call.values[name] for name in names})
 
 
 def _logistic(call: Call) -> ProbeResult:
     settings = call.settings(LogisticSettings())
+    call.check_labels("logistic", shots=settings.shots)
     return evaluate_logistic(call.extracted("train"), call.extracted("test"), settings=settings, progress=call.report)
 
 
 def _linear(call: Call) -> ProbeResult:
     settings = call.settings(LinearSettings())
+    call.check_labels("linear", shots=settings.shots)
     device = next(call.backbone.parameters()).device
     return evaluate_linear(
         call.extracted("train"),
@@ -312,6 +284,8 @@ def _match(call: Call) -> ProbeResult:
     data, pairs = call.values["data"], call.values["pairs"]
     if (data is None) == (pairs is None):
         raise ValueError("evaluate match: expected data=PATH (known warps) or pairs=FILE.json (known keypoints)")
+    if pairs is not None and call.values["group"] is not None:
+        raise ValueError("group: expected none, the pairs of a JSON file name their own")
     if pairs is not None:
         return evaluate_pairs(call.backbone, read_pairs(pairs), call.view, settings=settings, progress=call.report)
     group = call.values["group"]

@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from dinov3_train.evaluation.extract import Extracted
 from dinov3_train.evaluation.heads import HeadTraining
 from dinov3_train.evaluation.knn import evaluate_knn
-from dinov3_train.evaluation.labelled import accuracies, labelled, split_labelled
+from dinov3_train.evaluation.labelled import accuracies, check_sources, labelled, split_labelled
 from dinov3_train.evaluation.linear import LinearSettings, evaluate_linear
 from dinov3_train.evaluation.logistic import LogisticSettings, evaluate_logistic, fit, predict
 
@@ -207,3 +207,23 @@ def test_settings_refusals():
         evaluate_logistic(train, test, settings=replace(LOGISTIC, held_out=1.5))
     with pytest.raises(ValueError, match="shots: expected at least 1 image of each class, got 0"):
         evaluate_linear(train, test, settings=replace(LINEAR, shots=0))
+
+
+def test_labels_and_groups_are_checked_before_any_image_is_decoded(pixel_source):
+    class Unread(pixel_source):
+        def read(self, index):
+            raise AssertionError("an image was read")
+
+    train, test = Unread(8), Unread(6)
+    check_sources("knn", train, test, group="parity", k=8)
+    for change, message in (
+        ({"train": Unread(4, unlabelled=range(4))}, "labelled training images, got 4 images without one"),
+        ({"test": Unread(4, unlabelled=range(4))}, "labelled test images, got 4"),
+        ({"train": Unread(4, unlabelled=(0, 2))}, "at least two classes among the training images, got 1"),
+        ({"k": 9}, "k expects numbers from 1 to the 8 training images, got 9"),
+        ({"group": "camera"}, "which none of 6 images has"),
+        ({"test": Unread(1), "group": "parity"}, r"at least two groups of test images, got \['even'\]"),
+    ):
+        settings = {"train": train, "test": test} | change
+        with pytest.raises(ValueError, match=message):
+            check_sources("knn", settings.pop("train"), settings.pop("test"), **settings)

@@ -9,6 +9,7 @@ import torch
 from scipy.stats import bootstrap
 
 from dinov3_train.evaluation.measure import ProbeResult, Statistics, by_group, mean_of, measured, ratio_of
+from dinov3_train.evaluation.summary import lines
 
 
 def test_interval_is_scipys_percentile_bootstrap():
@@ -82,3 +83,14 @@ def test_result_is_written_as_strict_json(tmp_path):
     assert written["chance"]["share"] is None
     assert written["groups"]["gap"] == 0
     assert result.main.images == 3
+
+
+def test_many_groups_are_cut_short():
+    judged = mean_of(torch.arange(40.0))
+    groups = by_group("score", judged, [f"{number // 2}" for number in range(40)])
+    result = ProbeResult(
+        probe="any", metrics={"score": measured(judged)}, chance={}, counts={}, settings={}, groups=groups
+    )
+    printed = list(lines(result))
+    assert sum(line.startswith("group ") for line in printed) == 10
+    assert printed[-1].startswith("20 groups: worst 0, best 19")

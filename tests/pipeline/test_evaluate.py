@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dinov3_train import presets
-from dinov3_train.commands_evaluate import PROBES, lines, read
+from dinov3_train.commands_evaluate import PROBES, read
 from dinov3_train.data.manifest import write_manifest
 from dinov3_train.data.sources import open_source
 from dinov3_train.evaluation.heads import HeadTraining
@@ -157,6 +157,7 @@ MISTAKES = [
     ("robustness", ("test=DATA", "scales=1"), ("a factor other than 1",)),
     ("match", (), ("data=PATH", "pairs=FILE.json")),
     ("match", ("data=DATA", "images=0"), ("images: expected at least 1, got 0",)),
+    ("match", ("pairs=absent.json", "group=camera"), ("name their own",)),
     ("match", ("pairs=absent.json",), ("absent.json cannot be read",)),
     ("retrieve", ("gallery=DATA/left",), ("labelled gallery images",)),
     ("linear", ("train=DATA/left", "test=DATA"), ("labelled training images",)),
@@ -192,18 +193,3 @@ def test_one_class_only(evaluate, dense_folder, tmp_path):
         (tmp_path / "only" / f"{number}.png").write_bytes((dense_folder / "left" / f"{number}.png").read_bytes())
     error = evaluate("linear", "backbone=RUN", f"train={tmp_path}", f"test={tmp_path}", status=2)
     assert "at least two classes among the training images, got 1" in error
-
-
-def test_many_groups_are_cut_short():
-    from torch import arange
-
-    from dinov3_train.evaluation.measure import ProbeResult, by_group, mean_of, measured
-
-    judged = mean_of(arange(40.0))
-    groups = by_group("score", judged, [f"{number // 2}" for number in range(40)])
-    result = ProbeResult(
-        probe="any", metrics={"score": measured(judged)}, chance={}, counts={}, settings={}, groups=groups
-    )
-    printed = list(lines(result))
-    assert sum(line.startswith("group ") for line in printed) == 10
-    assert printed[-1].startswith("20 groups: worst 0, best 19")

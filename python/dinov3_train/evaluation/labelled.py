@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dinov3_train.counter import permutation
-from dinov3_train.evaluation.extract import UNLABELLED, Extracted
+from dinov3_train.evaluation.extract import UNLABELLED, Extracted, groups_of
 from dinov3_train.evaluation.measure import ClassMeans, Groups, Measured, by_group, mean_of, measured
+
+if TYPE_CHECKING:
+    from dinov3_train.data.sources import Source
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,35 @@ def labelled(probe: str, train: Extracted, test: Extracted, *, shots: int | None
         train_unlabelled=int((~kept).sum()),
         test_unlabelled=int((~test_kept).sum()),
         groups=None if test.groups is None else tuple(g for g, used in zip(test.groups, test_kept.tolist()) if used),
+    )
+
+
+def check_sources(
+    probe: str, train: Source, test: Source, *, group: str | None = None, shots: int | None = None, k: int = 1
+) -> None:
+    """What `labelled`, groups and k-NN would refuse, from labels alone, before any image is decoded.
+
+    group: name of what the test source says about its images; k: largest number of neighbours.
+    Errors: ValueError as `labelled` says, for a group that no image has or only one, or fewer training images than k.
+    """
+    blank = [_blank(source) for source in (train, test)]
+    found = labelled(probe, *blank, shots=shots)
+    if k > len(found.train_labels):
+        raise ValueError(f"{probe}: k expects numbers from 1 to the {len(found.train_labels)} training images, got {k}")
+    if group is not None:
+        names = {name for name in groups_of(test, range(len(test)), group) if name is not None}
+        if len(names) < 2:
+            raise ValueError(f"group: expected at least two groups of test images, got {sorted(names)}")
+
+
+def _blank(source: Source) -> Extracted:
+    """The labels of a source beside features of zeros."""
+    labels = [source.label(number) for number in range(len(source))]
+    return Extracted(
+        features=torch.zeros(len(labels), 1),
+        labels=torch.tensor([UNLABELLED if label is None else int(label) for label in labels], dtype=torch.int64),
+        names=tuple(map(str, range(len(labels)))),
+        classes=None if source.classes is None else tuple(source.classes),
     )
 
 

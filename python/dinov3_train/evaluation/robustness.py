@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dinov3_train.data.batch import patch_grid
 from dinov3_train.evaluation.extract import UNLABELLED, Extracted, evaluating, extract, forward, groups_of
 from dinov3_train.evaluation.knn import evaluate_knn
+from dinov3_train.evaluation.labelled import check_sources
 from dinov3_train.evaluation.measure import Measured, ProbeResult, by_group, mean_of, measured
 from dinov3_train.evaluation.reading import prepared, warn_unreadable
 from dinov3_train.evaluation.view import View
@@ -90,6 +91,8 @@ def evaluate_robustness(
 
     Errors: ValueError for no readable image, a scale below one patch, or as `evaluate_knn` says.
     """
+    if train is not None:
+        check_sources("robustness", train, test, group=group, k=settings.k)
     patch, report = backbone.patch_size, progress or (lambda what, done, total: None)
     patch_grid(view.size, patch, "size")
     views = {scale: scaled(view, scale, patch) for scale in sorted({1.0, *settings.scales})}
