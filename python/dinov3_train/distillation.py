@@ -44,6 +44,7 @@ from .train.run_folder import RunFolder
 from .train.step import TrainState
 from .validation import check, check_distillation, check_memory_of_all, check_same_run
 from .weights import Resolved, resolve
+from .weights.licences import OWN
 
 OVERRIDDEN = ("backbone.", "dino_head.", "ibot_head.", "losses.", "optimizer.")  # what students may differ in
 
@@ -93,7 +94,11 @@ def distill(config: Config, out: str | Path, *, console: Console | None = None) 
 
 
 def seen_by(config: Config, teacher: Resolved, console: Console) -> Config:
-    """The config with the normalisation that the teacher's weights were trained with."""
+    """The config with the normalisation that the teacher's weights were trained with, and with their licence."""
+    if teacher.licence != OWN:  # students of imported weights say so wherever they go
+        config = replace(
+            config, init=replace(config.init, origin=f"distilled from {teacher.origin}", licence=teacher.licence)
+        )
     mean, std = tuple(teacher.mean), tuple(teacher.std)
     if (config.crops.mean, config.crops.std) == (mean, std):
         return config

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import dinov3_train
-from dinov3_train import recipes
+from dinov3_train import distillation, recipes
 from dinov3_train.build import load, networks, run_config
 from dinov3_train.config import override
 from dinov3_train.models import key_maps
@@ -216,3 +217,10 @@ def test_a_stage_after_it_keeps_the_licence_and_does_not_import_again(pretrain, 
     assert resolve(tmp_path / "refined").licence == licences.DINOV3
     started, before = resolve(tmp_path / "refined", step=0), resolve(tmp_path / "run")
     assert same(started.backbone.state_dict(), before.backbone.state_dict())
+
+
+def test_students_keep_the_licence_of_their_teacher(source, small_official):
+    config, console = run_config(source / "run"), Console(quiet=True)
+    of_imported = distillation.seen_by(config, resolve(small_official), console).init
+    assert (of_imported.licence, of_imported.origin) == (licences.DINOV3, f"distilled from {small_official}")
+    assert distillation.seen_by(config, resolve(source / "run"), console).init.licence is None

@@ -46,3 +46,17 @@ def test_ranks_do_not_change_the_run(runs, other):
 def test_only_the_first_rank_writes(runs):
     lines = (runs / "two" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 4  # every second step once
+
+
+@pytest.mark.slow
+def test_two_ranks_from_existing_weights_measured_while_they_train(recipe_file, image_folder, tmp_path):
+    """Imported weights, drift and k-NN on the first rank: the other waits, and the run is that of one rank."""
+    words = [f"recipe={recipe_file}", f"data={image_folder}", "run.precision=fp32", "optimizer.clip=null"]
+    _dinov3(1, *words, f"out={tmp_path / 'start'}", "run.steps=2")
+    words += [f"init={tmp_path / 'start'}", "run.steps=6", "run.drift_every=2", "run.evaluate_every=3"]
+    words += [f"data.labelled=['{image_folder}','{image_folder}']", "optimizer.freeze_backbone=2"]
+    texts = [_dinov3(ranks, *words, f"out={tmp_path / str(ranks)}") for ranks in (1, 2)]
+    assert all(text.count("cosine with the starting weights") == 3 for text in texts)
+    one, two = load(tmp_path / "1").state_dict(), load(tmp_path / "2").state_dict()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5)  # as test_ranks_do_not_change_the_run
