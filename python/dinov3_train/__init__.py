@@ -1,8 +1,8 @@
-"""DINOv3 training on your own images: `pretrain(config, out)`, `refine`, `adapt`, `load(run)`, `recipes`."""
+"""DINOv3 training on your own images: `pretrain(config, out)`, `refine`, `adapt`, `distill`, `load(run)`, `recipes`."""
 
 from __future__ import annotations
 
-__all__ = ["adapt", "load", "pretrain", "refine"]
+__all__ = ["adapt", "distill", "load", "pretrain", "refine"]
 
 
 def pretrain(config, out, **settings):
@@ -31,3 +31,10 @@ def adapt(run, out, **settings):
     from .refinement import adapt as stage
 
     return stage(run, out, **settings)
+
+
+def distill(config, out, **settings):
+    """Students of a frozen teacher; see `dinov3_train.distillation.distill`."""
+    from .distillation import distill as run
+
+    return run(config, out, **settings)

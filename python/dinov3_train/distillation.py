@@ -55,7 +55,7 @@ def distill(config: Config, out: str | Path, *, console: Console | None = None) 
     Args:
         config: from a recipe, with `distillation.teacher` and `distillation.students`.
         out: folder; each student's run is OUT/NAME, heads trained for a teacher without are OUT/teacher.
-        console: where progress goes; None: nowhere but on the first rank.
+        console: where progress goes; None: nowhere.
 
     Errors: ValueError for settings, weights, data or folders that cannot work, before training starts; RuntimeError
         when a loss stays non-finite; OSError when a checkpoint cannot be written.
@@ -360,5 +360,7 @@ def _say_start(
         f"{config.run.precision}, {start}, into {out}",
         f"licence of the teacher's weights: {teacher.licence}",
     ]
+    if sizes is not None:
+        lines.append(f"lines below are of the first group; every student's numbers are in {out}/NAME/metrics.jsonl")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
