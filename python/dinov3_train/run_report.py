@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ OPTIMIZATION = {
 }
 SPEED = {"images_per_second": "images per second", "data_wait": "share of time waiting for data"}
 SCORES = {"knn": "k-NN accuracy", "knn_mean_per_class": "k-NN, mean per class"}
+YAML_WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
 CHANGED = 40  # settings that differ, at most, in the table
 
 
@@ -174,9 +176,8 @@ def health_section(page: Page, looks: Mapping[str, Sequence[Mapping[str, float]]
 def command(run: Record) -> tuple[str, bool]:
     """The command that trains this run again, and whether it was checked to give this very config."""
     config = run.config
-    try:
-        base = recipe(config.recipe)
-    except ValueError:
+    base = _base(config.recipe)
+    if base is None:
         return f"dinov3 pretrain recipe=RECIPE.py config={shlex.quote(str(run.path / 'config.yaml'))} out=RUN", False
     before, after = _flat(to_dict(base)), _flat(to_dict(config))
     words = [f"{key}={_word(value)}" for key, value in after.items() if before.get(key, ...) != value]
@@ -186,7 +187,17 @@ def command(run: Record) -> tuple[str, bool]:
         same = False
     if not same:
         words = [f"config={run.path / 'config.yaml'}"]
-    return " ".join(["dinov3", "pretrain", f"recipe={config.recipe}", "out=RUN", *map(shlex.quote, words)]), same
+    return " ".join(["dinov3", "pretrain", f"recipe={base.recipe}", "out=RUN", *map(_shell, words)]), same
+
+
+def _base(name: str) -> Config | None:
+    """The recipe of this name; of a later stage without one, the recipe it came from; None where there is neither."""
+    for candidate in (name, name.removesuffix("_refine"), name.removesuffix("_adapt")):
+        try:
+            return recipe(candidate)
+        except ValueError:
+            continue
+    return None
 
 
 def _lead(run: Record) -> str:
@@ -426,10 +437,21 @@ def _flat(values: Mapping, prefix: str = "") -> dict[str, object]:
 def _word(value: object) -> str:
     """A setting as the command line reads it."""
     if isinstance(value, (tuple, list)):
-        return "[" + ",".join(f"'{entry}'" if isinstance(entry, str) else _word(entry) for entry in value) + "]"
+        return "[" + ",".join(_entry(entry) for entry in value) + "]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
+
+
+def _entry(value: object) -> str:
+    """An entry of a list; texts that YAML could take for something else are quoted."""
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z/][\w./@%+=-]*", value) and value not in YAML_WORDS
+    return _word(value) if plain or not isinstance(value, str) else f"'{value}'"
+
+
+def _shell(word: str) -> str:
+    """A word as a shell takes it, in double quotes where it has single ones."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def _mean(run: Record, key: str) -> float:

@@ -77,8 +77,13 @@ def test_the_command_gives_the_very_config(runs, recipe_file):
     text, checked = command(type(record)(**(vars(record) | {"config": own})))
     assert checked
     assert text == (
-        "dinov3 pretrain recipe=vit_tiny_cpu out=RUN \"data.sources=['a b','c']\" optimizer.clip=null run.steps=7"
-    ).replace("\"data.sources=['a b','c']\"", "'data.sources=['\"'\"'a b'\"'\"','\"'\"'c'\"'\"']'")
+        "dinov3 pretrain recipe=vit_tiny_cpu out=RUN \"data.sources=['a b',c]\" optimizer.clip=null run.steps=7"
+    )
+    stage = override(recipes.recipe("vit_tiny_cpu_refine"), ["data.sources=[c]", "gram.teacher=ema", "run.seed=5"])
+    assert command(type(record)(**(vars(record) | {"config": stage}))) == (
+        "dinov3 pretrain recipe=vit_tiny_cpu_refine out=RUN 'data.sources=[c]' gram.teacher=ema run.seed=5",
+        True,
+    )
     again = override(recipes.recipe(str(recipe_file)), [], patch=runs / "first" / "config.yaml")
     assert again == run_config(runs / "first")
 

@@ -287,8 +287,12 @@ RULES = {
     "few directions": _few_directions,
     "patches of outlying norm": _outlying_patches,
     "dimension of outlying size": _outlying_dimension,
-    "DINO prototypes collapse": _prototypes("dino", "a larger losses.koleo, more losses.sinkhorn_iterations"),
-    "iBOT prototypes collapse": _prototypes("ibot", "more losses.sinkhorn_iterations, fewer ibot_head.prototypes"),
+    "DINO prototypes collapse": _prototypes(
+        "dino", "a lower optimizer.lr, a larger losses.koleo, more losses.sinkhorn_iterations"
+    ),
+    "iBOT prototypes collapse": _prototypes(
+        "ibot", "a lower optimizer.lr, more losses.sinkhorn_iterations, fewer prototypes"
+    ),
     "features change with resolution": _resolution,
 }
 
