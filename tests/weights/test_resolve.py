@@ -221,7 +221,7 @@ def test_names_that_are_not_there(tmp_path, monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("Connection error\nand more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    refused("hf:facebook/dinov3-vits16-pretrain-lvd1689m", "cannot be reached", "Connection error")
+    refused("hf:facebook/dinov3-vits16-pretrain-lvd1689m", "cannot be reached", "local cache")
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *a, pretrained, **k: offline() if pretrained else create(*a, **k))
     refused("timm:vit_small_patch16_dinov3", "cannot give these weights", "Connection error")

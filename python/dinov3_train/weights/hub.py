@@ -33,7 +33,8 @@ def from_hub(repository: str) -> Resolved:
         raise ValueError(f"hf:{repository}: needs the library huggingface_hub: {EXTRA}") from error
     where = f"hf:{repository}"
     try:
-        folder = huggingface_hub.snapshot_download(repository, allow_patterns=FILES)
+        with _offline_where_unreachable():
+            folder = huggingface_hub.snapshot_download(repository, allow_patterns=FILES)
     except errors.GatedRepoError as error:
         raise ValueError(
             f"{where}: access is granted on request only: accept its licence at https://huggingface.co/{repository} "
@@ -45,6 +46,11 @@ def from_hub(repository: str) -> Resolved:
         ) from error
     except errors.HFValidationError as error:
         raise ValueError(f"{where}: expected hf:OWNER/NAME: {_first(error)}") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{where}: the hub cannot be reached (no network, or HF_HUB_OFFLINE is set) and its files are not in the "
+            "local cache"
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:  # offline: many types; none of them a mistake in the weights
         raise ValueError(f"{where}: the hub cannot be reached and the files are not here: {_first(error)}") from error
     if not (Path(folder) / "config.json").is_file():
@@ -77,7 +83,7 @@ def from_timm_name(name: str) -> Resolved:
             raise ValueError(
                 f"{type(empty).__name__} is neither a vision transformer with rotary positions nor a ConvNeXt"
             )
-        with _quiet():
+        with _quiet(), _offline_where_unreachable():
             model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # timm and the hub raise what they like; the reason is in the first line
         raise ValueError(f"{where}: timm cannot give these weights: {_first(error)}") from error
@@ -91,6 +97,26 @@ def from_timm_name(name: str) -> Resolved:
         licence=licences.named(seen.get("license"), "timm's configuration"),
     )
     return resolved(parts_of(model.state_dict(), where), stated, None, origin=where)
+
+
+@contextlib.contextmanager
+def _offline_where_unreachable() -> Iterator[None]:
+    """The hub's own offline mode where it does not answer: files that are here serve, and nobody waits for retries."""
+    try:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import get_session
+    except ImportError:  # timm without the hub says so itself
+        yield
+        return
+    before = constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # whatever the HTTP library of this release raises
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager
