@@ -23,7 +23,9 @@ app = typer.Typer(
     help="DINOv3 training on your own images: pretrain, evaluate, look.",
     **PLAIN,
 )
-evaluate_app = typer.Typer(help="Judge the features of a backbone.", **PLAIN)
+evaluate_app = typer.Typer(
+    help="Judge the features of a backbone; `evaluate PROBE options` lists all options.", **PLAIN
+)
 visualize_app = typer.Typer(help="Pictures of patch features.", **PLAIN)
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(visualize_app, name="visualize")

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from . import words as word_options
 from .data.batch import patch_grid
@@ -83,15 +84,19 @@ class Call:
 
 @dataclass(frozen=True)
 class Probe:
-    """A command: its function, options of its own, and defaults of the view."""
+    """A command: its function, options of its own, defaults of the view, and the settings its options change."""
 
     run: Callable[[Call], ProbeResult | KnnResult]
     options: dict[str, Option]
     view: dict[str, object]
+    settings: object = None
 
 
 def evaluate(name: str, words: list[str]) -> None:
-    """Run one probe, print what it found and write it as JSON if asked."""
+    """Run one probe, print what it found and write it as JSON if asked; the word `options` alone lists its options."""
+    if words == ["options"]:
+        Console().print(options_table(name))
+        return
     values, probe = read(name, words), PROBES[name]
     began = time.monotonic()
     found = resolve(values["backbone"], step=values["step"])
@@ -130,6 +135,30 @@ def read(name: str, words: list[str]) -> dict[str, object]:
     assert not unknown, f"preset of {name} names {unknown}"
     below = probe.view | chosen
     return {key: below.get(key) if value is None else value for key, value in values.items()}
+
+
+def options_table(name: str) -> Table:
+    """Every option of a probe, what it is, and the probe's presets."""
+    probe, table = PROBES[name], Table(show_header=False, box=None, pad_edge=False)
+    for key, option in (COMMON | probe.options).items():
+        value = probe.view.get(key, _default(probe.settings, key))
+        default = "" if value is None else f" (default: {_shown(value)})"
+        table.add_row(f"{key}=", f"{option.help}{', required' if option.required else default}")
+    for key, one in PRESETS.get(name, {}).items():
+        values = " ".join(f"{option}={_shown(value)}" for option, value in one.values.items())
+        table.add_row(f"preset={key}", f"{values}: {one.note}")
+    return table
+
+
+def _default(settings: object, key: str) -> object:
+    """The value of a settings field, nested ones too; None where there is none."""
+    if hasattr(settings, "training") and hasattr(settings.training, key):
+        return getattr(settings.training, key)
+    return getattr(settings, key, None)
+
+
+def _shown(value: object) -> str:
+    return ",".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
 
 
 def given(defaults, values: dict[str, object]):
@@ -333,14 +362,19 @@ PROBES = {
             tolerance=(float, "largest gradient at which it stops"),
         ),
         CROP,
+        LogisticSettings(),
     ),
     "linear": Probe(
         _linear,
         POOLED | FEW | HEADS | _options(views=(int, "random crops of each training image to train on; 0: its view")),
         CROP,
+        LinearSettings(),
     ),
     "segment": Probe(
-        _segment, DENSE | _options(classes=(int, "number of classes; default: from the masks")), WHOLE_IMAGE
+        _segment,
+        DENSE | _options(classes=(int, "number of classes; default: from the masks")),
+        WHOLE_IMAGE,
+        SegmentSettings(),
     ),
     "depth": Probe(
         _depth,
@@ -351,6 +385,7 @@ PROBES = {
             farthest=(float, "depth of the last bin in metres; default: from the training maps"),
         ),
         WHOLE_IMAGE,
+        DepthSettings(),
     ),
     "match": Probe(
         _match,
@@ -366,6 +401,7 @@ PROBES = {
             seed=(int, "seed of the warps"),
         ),
         WHOLE_IMAGE,
+        MatchSettings(),
     ),
     "retrieve": Probe(
         _retrieve,
@@ -387,6 +423,7 @@ PROBES = {
             k=(int, "neighbours"),
         ),
         {"resize": "short_side_center_crop", "precision": "fp32"},
+        RobustnessSettings(),
     ),
 }
 assert set(PRESETS) <= set(PROBES)

@@ -117,6 +117,7 @@ def test_refusals():
         ({"schedule": "step"}, "schedule: expected one of cosine, constant"),
         ({"steps": 0}, "steps, batch_size"),
         ({"warmup": 1000}, "warmup: expected from 0 to below steps"),
+        ({"betas": (0.9,)}, "betas: expected two numbers"),
         ({"dropout": 1.0}, r"dropout: expected a share in \[0, 1\), got 1.0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -93,6 +93,14 @@ def test_prints_and_writes(evaluate, tmp_path, probe):
             assert found["low"] <= found["value"] <= found["high"]
 
 
+@pytest.mark.parametrize("probe", PROBES)
+def test_options_are_listed(dinov3, probe):
+    status, text, _ = dinov3("evaluate", probe, "options")
+    assert status == 0
+    assert all(f"{name}=" in text for name in PROBES[probe].options)
+    assert all(f"preset={name}" in text for name in presets.PRESETS.get(probe, {}))
+
+
 def test_keypoint_pairs(evaluate, dense_folder, tmp_path):
     pair = {"source": "left/0.png", "target": "left/2.png", "source_points": [[5, 5]], "target_points": [[5, 5]]}
     (dense_folder / "pairs.json").write_text(json.dumps([pair] * 2))

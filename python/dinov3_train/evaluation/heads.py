@@ -53,6 +53,8 @@ class HeadTraining:
                 f"steps, batch_size: expected at least 1, warmup: expected from 0 to below steps, "
                 f"got {self.steps}, {self.batch_size}, {self.rising}"
             )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a share in [0, 1), got {self.dropout}")
 
