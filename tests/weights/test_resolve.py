@@ -96,6 +96,21 @@ def test_timm_names_give_the_model_timm_gives(small, monkeypatch):
     assert (loaded.architecture, loaded.size, loaded.licence) == (found.architecture, 256, licences.DINOV3)
 
 
+def test_a_model_of_timm_with_our_keys_and_other_positions_is_refused(small, monkeypatch):
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+
+    def of_another_kind(name, pretrained, num_classes):
+        settings = {"embed_dim": 128, "depth": 2, "num_heads": 2, "patch_size": 8}
+        model = create("vit_small_patch16_dinov3_qkvb", rope_temperature=10.0, **settings)
+        if pretrained:
+            key_maps.load(model, key_maps.to_timm(small().backbone.state_dict(), qkv_bias=True))
+        return model
+
+    monkeypatch.setattr(timm, "create_model", of_another_kind)
+    refused("timm:vit_small_patch16_dinov3_qkvb", "not a DINOv3 model", "differ from timm's")
+
+
 def test_transformers_folder_states_statistics_size_and_licence(small, tmp_path):
     transformers = pytest.importorskip("transformers")
     found = small()
@@ -235,6 +250,10 @@ def test_names_that_are_not_there(tmp_path, monkeypatch):
     [
         ({"model_type": "vit"}, ("model_type", "dinov3_vit", "'vit'")),
         ({"what": 1}, ("neither of transformers", "nor of timm")),
+        (
+            {"architecture": "vit_small_patch16_rope_reg1_gap"},
+            ("vit_small_patch16_rope_reg1_gap is not a DINOv3 model",),
+        ),
         ({"model_type": "dinov3_vit", "key_bias": True}, ("key_bias=True (False expected)",)),
         ({"model_type": "dinov3_vit"}, ("model.safetensors", "not there")),
     ],

@@ -70,7 +70,7 @@ def export(found: Resolved, to: str, out: str | Path, *, heads: bool = False) ->
     try:
         target = holder / out.name
         form.write(found, target, heads)
-        sizes, difference, deviation = _compared(found, form.read(target, found))
+        sizes, difference, deviation = compared(found, form.read(target, found))
         if not difference <= TOLERANCE * deviation:
             raise ValueError(
                 f"export: read back, the features of {out} differ by up to {difference:.2e} at a standard deviation of "
@@ -100,8 +100,11 @@ def _checked(to: str, out: Path, heads: bool) -> Format:
 
 
 @torch.no_grad()
-def _compared(found: Resolved, see: formats.See) -> tuple[tuple[tuple[int, int], ...], float, float]:
-    """The two sizes, the largest difference of any feature, and the standard deviation of ours."""
+def compared(found: Resolved, see: formats.See) -> tuple[tuple[tuple[int, int], ...], float, float]:
+    """Two sizes, the largest difference of any feature of random images of these sizes, the standard deviation of ours.
+
+    Errors: ValueError when features have another shape.
+    """
     side = found.side_multiple
     sizes = ((4 * side, 6 * side), (7 * side, 5 * side))
     generator, largest, ours_all = torch.Generator().manual_seed(0), 0.0, []

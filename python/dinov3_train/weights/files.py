@@ -139,6 +139,8 @@ def stated_in(folder: Path) -> tuple[Stated, str]:
         raise ValueError(
             f"{folder}: its config.json is neither of transformers (model_type) nor of timm (architecture)"
         )
+    if "dinov3" not in config["architecture"] and not config["architecture"].startswith("convnext"):
+        raise ValueError(f"{folder}: timm's {config['architecture']} is not a DINOv3 model")
     seen, arguments = config.get("pretrained_cfg", config), config.get("model_args", {})
     width = arguments["embed_dim"] // arguments["num_heads"] if {"embed_dim", "num_heads"} <= set(arguments) else None
     stated = Stated(

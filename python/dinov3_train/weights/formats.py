@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import Backbone, ConvNeXtBackbone
 from ..models import convnext_key_maps, key_maps
@@ -111,7 +111,12 @@ def write_timm(found: Resolved, folder: Path, heads: bool) -> None:
 
 def read_timm(path: Path, found: Resolved) -> See:
     """Through timm: `create_model("local-dir:...", pretrained=True)`."""
-    model = _library("timm").create_model(f"local-dir:{path}", pretrained=True, num_classes=0).eval()
+    return see_timm(_library("timm").create_model(f"local-dir:{path}", pretrained=True, num_classes=0), found)
+
+
+def see_timm(model: nn.Module, found: Resolved) -> See:
+    """What a model of timm sees, in our terms."""
+    model.eval()
     registers, convnext = found.backbone.registers, isinstance(found.architecture, ConvNeXtBackbone)
 
     def see(images: Tensor) -> Features:

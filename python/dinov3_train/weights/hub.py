@@ -13,7 +13,9 @@ import torch
 
 from . import licences
 from .dialects import parts_of
+from .export import TOLERANCE, compared
 from .files import Stated, from_folder, resolved
+from .formats import see_timm
 from .resolved import Resolved
 
 FILES = ["config.json", "preprocessor_config.json", "README.md", "*.safetensors", "*.safetensors.index.json"]
@@ -96,7 +98,13 @@ def from_timm_name(name: str) -> Resolved:
         size=seen["input_size"][-1] if seen.get("input_size") else None,
         licence=licences.named(seen.get("license"), "timm's configuration"),
     )
-    return resolved(parts_of(model.state_dict(), where), stated, None, origin=where)
+    found = resolved(parts_of(model.state_dict(), where), stated, None, origin=where)
+    _, difference, deviation = compared(found, see_timm(model, found))
+    if not difference <= TOLERANCE * deviation:  # its keys are ours, but something else in it is not
+        raise ValueError(
+            f"{where}: not a DINOv3 model: with its weights our features differ from timm's by up to {difference:.2g}"
+        )
+    return found
 
 
 @contextlib.contextmanager
