@@ -55,7 +55,7 @@ def distill(config: Config, out: str | Path, *, console: Console | None = None) 
     Args:
         config: from a recipe, with `distillation.teacher` and `distillation.students`.
         out: folder; each student's run is OUT/NAME, heads trained for a teacher without are OUT/teacher.
-        console: where progress goes; None: nowhere.
+        console: where progress goes; None: standard output.
 
     Errors: ValueError for settings, weights, data or folders that cannot work, before training starts; RuntimeError
         when a loss stays non-finite; OSError when a checkpoint cannot be written.
@@ -63,6 +63,8 @@ def distill(config: Config, out: str | Path, *, console: Console | None = None) 
     out = Path(out)
     with ranks() as here:
         console = console if here.first and console is not None else Console(quiet=not here.first)
+        if not config.distillation.teacher:
+            raise ValueError("distillation.teacher: expected a run or other weights, got nothing (teacher=RUN)")
         teacher = resolve(config.distillation.teacher)
         config = seen_by(config, teacher, console)
         students = student_configs(config, teacher.architecture.patch_size)

@@ -235,6 +235,8 @@ MISTAKES = {
     "vit_micro.backbone.depths=[2]": ("backbone.depths is no key of a Backbone",),
     "teacher=HISTORY": ("expected a teacher with DINO and iBOT heads", "has none", "distillation.head_steps"),
     "teacher=/absent": ("/absent",),
+    "teacher=": ("distillation.teacher", "got nothing", "teacher=RUN"),
+    "gram.weight=2": ("gram.weight", "without a Gram term"),
     "run.keep=1": ("run.keep", "at least 2"),
     "run.batch_size=6 losses.koleo_group=4": ("losses.koleo_group",),
     "init.weights=/somewhere": ("init.weights",),
