@@ -3,8 +3,8 @@
     dinov3 pretrain recipe=continual_tiny_cpu init=runs/vit_tiny_cpu data=/path/to/images out=runs/continual
 
 Frozen start, ramp, small rate of the backbone, as `continual_vit_small`; crops and temperatures of `vit_tiny_cpu`.
-Architecture, heads and normalisation follow the weights. What it did: from `vit_tiny_cpu` of caltech101 to clothing, 479
-steps moved the CLS to a cosine of .937 and left k-NN where it was (benchmarks/FACTS.md): it shows the machinery, not a gain.
+Architecture, heads and normalisation follow the weights. From `vit_tiny_cpu` of caltech101 to clothing, 479 steps moved
+the CLS to a cosine of .937 and left k-NN where it was (benchmarks/FACTS.md): this shows the machinery, not a gain.
 """
 
 from dataclasses import replace
