@@ -185,7 +185,11 @@ def test_export_command(dinov3, source, tmp_path):
     assert resolve(out).heads is not None
     status, _, error = dinov3("export", f"backbone={source / 'run'}", "to=safetensors", f"out={out}")
     assert (status, "exists; expected a new path" in error) == (2, True)
-    assert "missing to=" in dinov3("export", f"backbone={source / 'run'}", f"out={out}")[2]
+    by_suffix = tmp_path / "y.safetensors"
+    assert dinov3("export", f"backbone={source / 'run'}", f"out={by_suffix}")[0] == 0
+    assert resolve(by_suffix).heads is None
+    status, _, error = dinov3("export", f"backbone={source / 'run'}", f"out={tmp_path / 'folder'}")
+    assert (status, "expected to=hf, timm" in error) == (2, True)
     assert "heads expects" in dinov3("export", "backbone=x", "to=hf", f"out={out}", "heads=maybe")[2]
 
 
