@@ -9,7 +9,6 @@
 // same on both sides: two vectors of floats become a line with three operations and no shuffle.
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 
 #include "core/cpu_amx.h"
@@ -24,10 +23,6 @@ constexpr int64_t kStep = 32;          // numbers along the contraction in a lin
 constexpr int64_t kTile = 16 * kLine;  // bytes
 constexpr int kMostParts = 3;
 
-constexpr int parts_of(Element element) {
-  return element == Element::bfloat16 ? 1 : element == Element::float16 ? 2 : kMostParts;
-}
-
 // ---- numbers to parts ----
 
 // The high half of each word: the bf16 number nearest to `value`; `value` keeps the rest.
@@ -38,8 +33,10 @@ DINOV3_EXT_INLINE Unsigned take_part(Float& value) {
 }
 
 // A line of each part, part p at line + p * part_stride: of the numbers `low` and, 16 further on, `high`.
-DINOV3_EXT_INLINE void store_parts(Float low, Float high, int count, char* line, int64_t part_stride) {
-  for (int part = 0; part < count; ++part) {
+template <int Parts>
+DINOV3_EXT_INLINE void store_parts(Float low, Float high, char* line, int64_t part_stride) {
+#pragma GCC unroll 3
+  for (int part = 0; part < Parts; ++part) {
     const Unsigned words = take_part(low) >> 16 | take_part(high);
     std::memcpy(line + part * part_stride, &words, sizeof(words));
   }
@@ -124,50 +121,6 @@ DINOV3_EXT_AMX inline void multiply_panels(const PartProduct& given, int64_t til
       multiply_tiles<16, 2>(given, tile, panel);
     } else {
       multiply_tiles<16, 1>(given, tile, panel);
-    }
-  }
-}
-
-// A product of cpu_product.h whose words are floats; rows and words multiples of 16. Needs an AmxTiles alive on this
-// thread.
-DINOV3_EXT_AMX inline void multiply_words(const Product& product) {
-  constexpr int64_t kRows = 32, kMostSteps = 8;  // packed at a time: 256 words
-  constexpr int64_t kLeftPart = kMostSteps * kRows * kLine;
-  const int64_t right_part = kMostSteps * product.panels * kTile;
-  const Buffer<char> right(kMostParts * right_part);
-  alignas(kLine) char left[kMostParts * kLeftPart];
-  const Float zero = splat<16>(0.f);
-  for (int64_t first = 0; first < product.words; first += kMostSteps * kStep) {
-    const int64_t words = std::min(kMostSteps * kStep, product.words - first), steps = (words + kStep - 1) / kStep;
-    for (int64_t s = 0; s < steps; ++s) {
-      const bool whole = (s + 1) * kStep <= words;
-      for (int64_t panel = 0; panel < product.panels; ++panel) {
-        const char* from = product.right + panel * product.right_panel + (first + s * kStep) * kLine;
-        char* to = right.data + (s * product.panels + panel) * kTile;
-        for (int64_t w = 0; w < 16; ++w, from += kLine, to += kLine) {
-          store_parts(load_words<16>(from), whole ? load_words<16>(from + kTile) : zero, kMostParts, to, right_part);
-        }
-      }
-    }
-    for (int64_t row = 0; row < product.rows; row += kRows) {
-      const int64_t rows = std::min(kRows, product.rows - row);
-      for (int64_t s = 0; s < steps; ++s) {
-        const bool whole = (s + 1) * kStep <= words;
-        const char* from = product.left + row * product.left_row + (first / 16 + 2 * s) * product.left_line;
-        char* to = left + s * kRows * kLine;
-        for (int64_t r = 0; r < rows; ++r, from += product.left_row, to += kLine) {
-          store_parts(load_words<16>(from), whole ? load_words<16>(from + product.left_line) : zero, kMostParts, to,
-                      kLeftPart);
-        }
-      }
-      const PartProduct given{{left, kLeftPart, kRows * kLine, kMostParts},
-                              {right.data, right_part, product.panels * kTile, kMostParts},
-                              steps,
-                              product.result + row * kLine,
-                              kLine,
-                              product.result_panel,
-                              product.add || first > 0};
-      multiply_panels(given, rows / 16, product.panels);
     }
   }
 }

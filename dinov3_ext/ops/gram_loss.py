@@ -112,9 +112,12 @@ def _keep_gradient(ctx, inputs, output) -> None:
     ctx.student_dtype = inputs[0].dtype
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else autograd makes zeros of the gradient's size for the second output
 
 
-def _scale_gradient(ctx, loss_grad: Tensor, _: Tensor | None) -> tuple:
+def _scale_gradient(ctx, loss_grad: Tensor | None, _: Tensor | None) -> tuple:
+    if loss_grad is None:
+        return None, None, None, None
     (grad,) = ctx.saved_tensors
     if type(grad) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():  # traced, or used again
         return (grad * loss_grad).to(ctx.student_dtype), None, None, None

@@ -14,8 +14,10 @@ namespace {
 using namespace parts;
 
 constexpr int W = 16;
-constexpr int64_t kPanel = 16;   // columns
-constexpr int64_t kDepth = 256;  // of the width, packed at a time for similarities
+constexpr int64_t kPanel = 16;  // columns
+// Of the width, packed at a time for similarities: the operands stay near the first cache.
+template <int Parts>
+constexpr int64_t kDepth = Parts == 1 ? 256 : 128;
 
 // Turns a tile of 16 lines: word w of line r becomes word r of line w.
 DINOV3_EXT_INLINE void turn_tile(const char* from, char* to) {
@@ -28,53 +30,63 @@ DINOV3_EXT_INLINE void turn_tile(const char* from, char* to) {
 // The power of two near a row's 1 / norm, and what is left of it.
 DINOV3_EXT_INLINE double power_near(double inverse) { return std::ldexp(1., std::ilogb(inverse)); }
 
-// Rows [row, row + rows) of features scaled by a power of two, rows a multiple of 16: left operands. Part p, step s,
-// row r: a line at to + p * part_stride + (s * rows + r) * 64. Zeros below the last patch and behind the last column.
+// Rows of features lie apart, a page or more, where no hardware foresees them.
+constexpr int64_t kRowsAhead = 6;
+DINOV3_EXT_INLINE void prefetch_row(const GramFeatures& features, int64_t image, int64_t row, int64_t begin,
+                                    int64_t count) {
+  if (features.column_stride != 1) return;
+  const int64_t size = features.element == Element::float32 ? 4 : 2;
+  const char* from = static_cast<const char*>(features.data) +
+                     (image * features.image_stride + row * features.row_stride + begin) * size;
+  for (int64_t at = 0; at < count * size; at += kLine) __builtin_prefetch(from + at);
+}
+
+// Rows [row, row + kBlock) of features scaled by a power of two: left operands. Part p, step s, row r: a line at to + p
+// * part_stride + (s * kBlock + r) * 64. Zeros below the last patch and behind the last column.
+template <int Parts>
 DINOV3_EXT_INLINE void pack_left(const GramFeatures& features, const double* inverse, int64_t image, int64_t row,
-                                 int64_t rows, int64_t patches, int64_t begin, int64_t count, int parts, char* to,
-                                 int64_t part_stride) {
-  alignas(64) float numbers[kDepth];
+                                 int64_t patches, int64_t begin, int64_t count, char* to, int64_t part_stride) {
+  alignas(64) float numbers[kDepth<Parts>];
   const int64_t steps = GramPlan::divide_up(count, kStep);
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < kBlock; ++r) {
     const bool inside = row + r < patches;
+    if (row + r + kRowsAhead < patches) prefetch_row(features, image, row + r + kRowsAhead, begin, count);
     if (inside) read_row<W>(features, image, row + r, begin, count, power_near(inverse[row + r]), numbers);
     std::fill(numbers + (inside ? count : 0), numbers + steps * kStep, 0.f);
     for (int64_t s = 0; s < steps; ++s) {
-      store_parts(load<W>(numbers + s * kStep), load<W>(numbers + s * kStep + W), parts, to + (s * rows + r) * 64,
-                  part_stride);
+      store_parts<Parts>(load<W>(numbers + s * kStep), load<W>(numbers + s * kStep + W), to + (s * kBlock + r) * kLine,
+                         part_stride);
     }
   }
 }
 
-}  // namespace
-
 // ---- 1. similarities ----
 
-DINOV3_EXT_AMX void similarities_amx(const Work& work, bool teacher, int64_t image, int64_t column, float* result) {
+template <int Parts>
+DINOV3_EXT_AMX void similarities_of(const Work& work, bool teacher, int64_t image, int64_t column, float* result) {
   const AmxTiles tiles;
   const GramFeatures& features = teacher ? work.args.teacher : work.args.student;
   const double* inverse = work.inverse_norms(image, teacher);
   const int64_t patches = work.plan.patches, from = work.first_image + image, width = work.plan.width;
   const auto [begin, end, columns] = BlockPair(work, column);
-  const int parts = parts_of(features.element);
-  constexpr int64_t kPanels = kBlock / kPanel, kMostSteps = kDepth / kStep;
+  constexpr int64_t kPanels = kBlock / kPanel, kMostSteps = kDepth<Parts> / kStep;
   // A block of 96 rows as left operands, and the block of columns as right ones. The same where they meet.
   constexpr int64_t kPart = kMostSteps * kPanels * kTile;
-  const Buffer<char> left(parts * kPart), right(parts * kPart);
-  for (int64_t k = 0; k < width; k += kDepth) {
-    const int64_t depth = std::min(kDepth, width - k), steps = GramPlan::divide_up(depth, kStep);
-    pack_left(features, inverse, from, column * kBlock, kBlock, patches, k, depth, parts, left.data, kPart);
-    for (int64_t tile = 0; tile < parts * kMostSteps * kPanels; ++tile) {
+  const Buffer<char> left(Parts * kPart), right(Parts * kPart);
+  for (int64_t k = 0; k < width; k += kDepth<Parts>) {
+    const int64_t depth = std::min(kDepth<Parts>, width - k), steps = GramPlan::divide_up(depth, kStep);
+    pack_left<Parts>(features, inverse, from, column * kBlock, patches, k, depth, left.data, kPart);
+    for (int64_t tile = 0; tile < Parts * kMostSteps * kPanels; ++tile) {
       if (tile % (kMostSteps * kPanels) >= steps * kPanels) continue;
       turn_tile(left.data + tile * kTile, right.data + tile * kTile);
     }
     // From the last block on: the one on the diagonal, if it is there, has its left operands already.
     for (int64_t row = (end - 1 - begin) / kBlock * kBlock + begin; row >= begin; row -= kBlock) {
       if (row != column * kBlock) {
-        pack_left(features, inverse, from, row, kBlock, patches, k, depth, parts, left.data, kPart);
+        pack_left<Parts>(features, inverse, from, row, patches, k, depth, left.data, kPart);
       }
-      const PartProduct given{{left.data, kPart, kPanels * kTile, parts},
-                              {right.data, kPart, kPanels * kTile, parts},
+      const PartProduct given{{left.data, kPart, kPanels * kTile, Parts},
+                              {right.data, kPart, kPanels * kTile, Parts},
                               steps,
                               reinterpret_cast<char*>(result + (row - begin) * kBlock),
                               kBlock * 4,
@@ -105,12 +117,11 @@ DINOV3_EXT_AMX void similarities_amx(const Work& work, bool teacher, int64_t ima
 
 // ---- 2. gradient ----
 
-namespace {
-
 // F[i, j] = d'[i, j] / norm[j], but for the power of two that the packed features have, of block `block` (rows i) and
 // block `depth_block` (j), as left operands: three steps of six tiles.
+template <int Entries>
 DINOV3_EXT_INLINE void pack_differences(const Work& work, int64_t image, int64_t block, int64_t depth_block,
-                                        const float* rest, int parts, char* to, int64_t part_stride) {
+                                        const float* rest, char* to, int64_t part_stride) {
   constexpr int64_t kTiles = kBlock / 16;
   if (depth_block >= block) {  // as they lie
     const int64_t pitch = work.plan.pitch(block), rows = std::min(kBlock, work.plan.patches - block * kBlock);
@@ -122,8 +133,8 @@ DINOV3_EXT_INLINE void pack_differences(const Work& work, int64_t image, int64_t
       std::fill(numbers + (i < rows ? depth : 0), numbers + kBlock, 0.f);
       for (int64_t s = 0; s < kBlock / kStep; ++s) {
         const float *a = numbers + s * kStep, *r = rest + s * kStep;
-        store_parts(load<W>(a) * load<W>(r), load<W>(a + W) * load<W>(r + W), parts, to + (s * kBlock + i) * 64,
-                    part_stride);
+        store_parts<Entries>(load<W>(a) * load<W>(r), load<W>(a + W) * load<W>(r + W), to + (s * kBlock + i) * 64,
+                             part_stride);
       }
     }
     return;
@@ -131,12 +142,12 @@ DINOV3_EXT_INLINE void pack_differences(const Work& work, int64_t image, int64_t
   // Stored turned, as rows j.
   const int64_t pitch = work.plan.pitch(depth_block), rows = std::min(kBlock, work.plan.patches - block * kBlock);
   const float* from = work.differences(image, depth_block) + (block - depth_block) * kBlock;
-  alignas(64) char square[kMostParts][kTile];
+  alignas(64) char square[Entries][kTile];
   for (int64_t s = 0; s < kBlock / kStep; ++s) {
     for (int64_t tile = 0; tile < kTiles; ++tile) {
       const int64_t count = std::min<int64_t>(W, rows - tile * W);
       if (count <= 0) {
-        for (int part = 0; part < parts; ++part)
+        for (int part = 0; part < Entries; ++part)
           std::memset(to + part * part_stride + (s * kTiles + tile) * kTile, 0, kTile);
         continue;
       }
@@ -145,33 +156,30 @@ DINOV3_EXT_INLINE void pack_differences(const Work& work, int64_t image, int64_t
         const float* high = low + W * pitch;
         const float a = rest[s * kStep + w], b = rest[s * kStep + w + W];
         if (count == W) {
-          store_parts(load<W>(low) * a, load<W>(high) * b, parts, square[0] + w * 64, kTile);
+          store_parts<Entries>(load<W>(low) * a, load<W>(high) * b, square[0] + w * 64, kTile);
         } else {
-          store_parts(load_tail<W>(low, count) * a, load_tail<W>(high, count) * b, parts, square[0] + w * 64, kTile);
+          store_parts<Entries>(load_tail<W>(low, count) * a, load_tail<W>(high, count) * b, square[0] + w * 64, kTile);
         }
       }
-      for (int part = 0; part < parts; ++part) {
+      for (int part = 0; part < Entries; ++part) {
         turn_tile(square[part], to + part * part_stride + (s * kTiles + tile) * kTile);
       }
     }
   }
 }
 
-}  // namespace
-
-DINOV3_EXT_AMX void gradient_sums_amx(const Work& work, int64_t image, int64_t first, int64_t last, int64_t begin,
-                                      int64_t count, float* sums) {
+template <int Parts, int Entries>
+DINOV3_EXT_AMX void gradient_of(const Work& work, int64_t image, int64_t first, int64_t last, int64_t begin,
+                                int64_t count, float* sums) {
   const AmxTiles tiles;
   const GramPlan& plan = work.plan;
   const int64_t depth_last = first < work.last ? plan.blocks : work.last;
   const double* inverse = work.inverse_norms(image, false);
   const GramFeatures& student = work.args.student;
-  const int parts = parts_of(student.element);
-  const int entries = student.element == Element::float32 ? 3 : 2;  // parts of F
   constexpr int64_t kPanels = kPartsColumns / kPanel, kSteps = kBlock / kStep;
   constexpr int64_t kLeftPart = kBlock / 16 * kSteps * kTile, kRightPart = kSteps * kPanels * kTile;
   const int64_t panels = GramPlan::divide_up(count, kPanel);
-  const Buffer<char> left(entries * kLeftPart), right(parts * kRightPart);
+  const Buffer<char> left(Entries * kLeftPart), right(Parts * kRightPart);
   alignas(64) float rows[2][kPartsColumns] = {}, rest[kBlock];
   for (int64_t k = work.first; k < depth_last; ++k) {
     const int64_t depth = std::min(kBlock, plan.patches - k * kBlock);
@@ -183,6 +191,9 @@ DINOV3_EXT_AMX void gradient_sums_amx(const Work& work, int64_t image, int64_t f
       for (int64_t w = 0; w < W; ++w) {
         for (int half = 0; half < 2; ++half) {
           const int64_t i = s * kStep + half * W + w, j = k * kBlock + i;
+          if (i + kRowsAhead < depth) {
+            prefetch_row(student, work.first_image + image, j + kRowsAhead, begin, count);
+          }
           if (i < depth) {
             read_row<W>(student, work.first_image + image, j, begin, count, power_near(inverse[j]), rows[half]);
           } else {
@@ -190,15 +201,15 @@ DINOV3_EXT_AMX void gradient_sums_amx(const Work& work, int64_t image, int64_t f
           }
         }
         for (int64_t n = 0; n < panels; ++n) {
-          store_parts(load<W>(rows[0] + n * W), load<W>(rows[1] + n * W), parts,
-                      right.data + (s * kPanels + n) * kTile + w * 64, kRightPart);
+          store_parts<Parts>(load<W>(rows[0] + n * W), load<W>(rows[1] + n * W),
+                             right.data + (s * kPanels + n) * kTile + w * 64, kRightPart);
         }
       }
     }
     for (int64_t block = first; block < last; ++block) {
-      pack_differences(work, image, block, k, rest, entries, left.data, kLeftPart);
-      const PartProduct given{{left.data, kLeftPart, kBlock / 16 * kTile, entries},
-                              {right.data, kRightPart, kPanels * kTile, parts},
+      pack_differences<Entries>(work, image, block, k, rest, left.data, kLeftPart);
+      const PartProduct given{{left.data, kLeftPart, kBlock / 16 * kTile, Entries},
+                              {right.data, kRightPart, kPanels * kTile, Parts},
                               kSteps,
                               reinterpret_cast<char*>(sums + (block - first) * kBlock * kPartsColumns),
                               kPartsColumns * 4,
@@ -207,6 +218,26 @@ DINOV3_EXT_AMX void gradient_sums_amx(const Work& work, int64_t image, int64_t f
       const int64_t height = std::min(kBlock, plan.patches - block * kBlock);
       multiply_panels(given, GramPlan::divide_up(height, 16), panels);
     }
+  }
+}
+
+}  // namespace
+
+void similarities_amx(const Work& work, bool teacher, int64_t image, int64_t column, float* result) {
+  switch ((teacher ? work.args.teacher : work.args.student).element) {
+    case Element::bfloat16: return similarities_of<1>(work, teacher, image, column, result);
+    case Element::float16: return similarities_of<2>(work, teacher, image, column, result);
+    case Element::float32: return similarities_of<3>(work, teacher, image, column, result);
+  }
+}
+
+// F in two parts where the gradient is rounded to 16 bits.
+void gradient_sums_amx(const Work& work, int64_t image, int64_t first, int64_t last, int64_t begin, int64_t count,
+                       float* sums) {
+  switch (work.args.student.element) {
+    case Element::bfloat16: return gradient_of<1, 2>(work, image, first, last, begin, count, sums);
+    case Element::float16: return gradient_of<2, 2>(work, image, first, last, begin, count, sums);
+    case Element::float32: return gradient_of<3, 3>(work, image, first, last, begin, count, sums);
   }
 }
 

@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(kThreads) next_combine(SinkhornRowSums args, i
 // A thread meets the same elements in both parts: no barrier for those in shared memory.
 // Shared memory: two floats for each of kWarps Lanes N columns, one for each column, and with Kept the elements.
 template <Element E, int N, int Lanes, bool Kept>
-__global__ void __launch_bounds__(kThreads) iteration_tile(SinkhornIteration args) {
+__global__ void __launch_bounds__(kThreads, 2) iteration_tile(SinkhornIteration args) {
   using Elements = typename Packed<E, N>::Type;
   constexpr int kTogether = 32 / Lanes, kGroups = kWarps * kTogether;  // rows of a warp, of a block
   const SinkhornLogits& logits = args.logits;
