@@ -240,6 +240,7 @@ DENSE = (
         images=(int, "few-shot: labelled training images"),
         upsample=(int, "values per patch side at which the loss compares"),
         layer=(int, "block (ConvNeXt: stage) whose patches are used, from 0; default: the last"),
+        images_at_once=(int, "images the backbone sees at once"),
         seed=(int, "seed of every draw"),
     )
 )

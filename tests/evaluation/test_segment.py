@@ -128,6 +128,7 @@ def test_images_without_a_mask_are_left_out(mean_colour, pixel_source):
     test.extras = {(0, "mask.png"): None, (1, "mask.png"): None}
     result = evaluate_segment(mean_colour(), train, test, VIEW, settings=SETTINGS)
     assert (result.counts["train_images"], result.counts["test_images"]) == (9, 4)
+    assert result.counts["test_without_mask"] == 2
 
 
 def test_groups(mean_colour, pixel_source):

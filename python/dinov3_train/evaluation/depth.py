@@ -44,7 +44,7 @@ class DepthSettings:
         images is taken and trained again on all of them.
     bins: number of depths, evenly spaced from `nearest` to `farthest` metres; None: the ends of the training depths.
     images: few-shot, this many training images with depth; upsample: values per patch side at which the loss compares;
-    layer: block whose patches are used, from 0, None: the last; precision: of the backbone.
+    layer: block whose patches are used, from 0, None: the last; precision: of the backbone; images_at_once: it sees.
     """
 
     training: HeadTraining = TRAINING
@@ -56,7 +56,7 @@ class DepthSettings:
     upsample: int = 4
     layer: int | None = None
     precision: str = "fp32"
-    batch_size: int = 32
+    images_at_once: int = 32
 
     def __post_init__(self):
         if self.bins < 2:
@@ -112,7 +112,7 @@ def evaluate_depth(
             numbers=wanted,
             layer=settings.layer,
             precision=settings.precision,
-            batch_size=settings.batch_size,
+            batch_size=settings.images_at_once,
         )
 
     bank = patch_bank(

@@ -53,7 +53,7 @@ class SegmentSettings:
     held_out: share of the training images that choose among rates, in (0, 1).
     upsample: values per patch side at which the loss compares logits and masks; the test compares every pixel.
     layer: block whose patches are used, from 0; None: the last.
-    precision: of the backbone, "fp32" or "bf16"; batch_size: images it sees at once.
+    precision: of the backbone, "fp32" or "bf16"; images_at_once: that it sees.
     """
 
     training: HeadTraining = TRAINING
@@ -63,7 +63,7 @@ class SegmentSettings:
     upsample: int = 4
     layer: int | None = None
     precision: str = "fp32"
-    batch_size: int = 32
+    images_at_once: int = 32
 
 
 DEFAULTS = SegmentSettings()
@@ -120,7 +120,7 @@ def evaluate_segment(
             numbers=wanted,
             layer=settings.layer,
             precision=settings.precision,
-            batch_size=settings.batch_size,
+            batch_size=settings.images_at_once,
         )
 
     bank = patch_bank(
@@ -135,7 +135,7 @@ def evaluate_segment(
     if groups is not None:
         place = {number: index for index, number in enumerate(test_numbers)}
         groups = [groups[place[number]] for number in seen]
-    return _result(counts, classes, groups, details, view, settings, (len(bank.patches), len(train), len(test)))
+    return _result(counts, classes, groups, details, view, settings, (len(bank.patches), len(test) - len(test_numbers)))
 
 
 def iou_statistics(counts: Tensor) -> Statistics:
@@ -314,7 +314,7 @@ def _result(
     details: dict,
     view: View,
     settings: SegmentSettings,
-    sources: tuple[int, int, int],
+    images: tuple[int, int],
 ) -> SegmentResult:
     miou, sums = iou_statistics(counts), counts.double().sum(dim=0)
     if not sums.sum() > 0:
@@ -325,10 +325,9 @@ def _result(
         metrics={"miou": measured(miou), "pixel_accuracy": measured(pixel_statistics(counts))},
         chance={"miou": chance_iou(counts), "pixel_accuracy": float((pixels / pixels.sum()).max())},
         counts={
-            "train_images": sources[0],
+            "train_images": images[0],
             "test_images": len(counts),
-            "train_source": sources[1],
-            "test_source": sources[2],
+            "test_without_mask": images[1],
             "classes": classes,
         },
         settings={**view.to_dict(), **asdict(settings)},
