@@ -132,7 +132,8 @@ def main() -> None:
             environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
             done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
             if done.returncode:
-                print(f"{millions:5g} M {part:9s} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
+                said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+                print(f"{millions:5g} M {part:9s} failed with status {done.returncode}: {said}", flush=True)
                 continue
             found = json.loads(done.stdout)
             print(
