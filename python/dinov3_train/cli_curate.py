@@ -41,7 +41,7 @@ RETRIEVE = {
     "min_seeds": Option(int, default=1, help="seeds a cluster must hold, retrieval=clusters"),
     "least_similarity": Option(float, default=-1.0, help="cosine below which nothing is retrieved"),
 }
-THRESHOLD = Option(float, default=0.97, help="cosine from which two images are near duplicates")
+THRESHOLD = "cosine from which two images are near duplicates"
 
 
 @curate_app.command("embed")
@@ -67,7 +67,7 @@ def dedup(words: Words = None) -> None:
         "data": Option(str, required=True, help="FOLDER of embeddings, commas between several"),
         "trusted": Option(str, default="", help="embeddings of sets whose image of a pair is kept"),
         "held_out": Option(str, default="", help="embeddings of evaluation sets: nothing like them is kept"),
-        "threshold": THRESHOLD,
+        "threshold": Option(float, default=0.97, help=THRESHOLD),
         "out": Option(Path, required=True, help="FOLDER"),
     }
     run(**_read("dedup", words, options))
@@ -139,7 +139,7 @@ def run(words: Words = None) -> None:
             "backbone": Option(str, default=DEFAULT_BACKBONE, help="RUN, FILE, hf:ID or timm:NAME"),
             "step": Option(int, help="checkpoint step of a run; default: the newest"),
             "clusters": Option(_numbers, default=(), help="K1,K2,... (clusters of each level, of images first)"),
-            "threshold": THRESHOLD,
+            "threshold": Option(float, help=f"{THRESHOLD}; default: measured on re-encoded images"),
             "retrieval": Option(str, default="nearest", help="nearest or clusters"),
             "retrieval_share": Option(float, default=0.5, help="share of the target that retrieval may fill"),
             "method": Option(str, default="random", help="random or closest (to the centroid)"),

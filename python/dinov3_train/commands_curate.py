@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,7 +80,7 @@ def cluster(*, data: str, clusters: tuple[int, ...], keep: Path | None, out: Pat
             ClusterSettings(clusters=clusters, **settings),
             out,
             where=site.where(told),
-            about={"data": str(Path(data).resolve()), "keep": None if keep is None else str(keep.resolve())},
+            about={"data": points.embeddings.fingerprint, "rows": zlib.crc32(_rows(points))},
             say=told.say,
         )
         if site.first:
@@ -158,7 +159,7 @@ def run(
     backbone: str,
     step: int | None,
     size: int | None,
-    threshold: float,
+    threshold: float | None,
     retrieval: str,
     retrieval_share: float,
     clusters: tuple[int, ...],
@@ -175,7 +176,7 @@ def run(
         clusters=clusters,
         method=method,
         embed=_embed_settings(settings),
-        dedup=DedupSettings(threshold=threshold),
+        threshold=threshold,
         cluster=ClusterSettings(clusters=clusters or (1,), **_some(settings, CLUSTER)),
         retrieve=RetrieveSettings(method=retrieval, **_some(settings, RETRIEVE)),
     )

@@ -18,6 +18,8 @@ def test_rows_across_shards_are_those_written(blobs, write_pool, tmp_path):
     assert found.take(np.empty(0, dtype=np.int64)).shape == (0, 16)
     assert found.table(["name"])["name"].to_pylist()[61] == "/pool/61.jpg"
     found.verify()
+    assert found.fingerprint == Embeddings(tmp_path).fingerprint
+    assert found.fingerprint != write_pool(tmp_path / "other", rows[::-1], shard_rows=60).fingerprint
 
 
 def test_a_shard_that_is_cut_damaged_or_missing(blobs, write_pool, tmp_path):

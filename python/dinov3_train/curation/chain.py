@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,11 +16,12 @@ from dinov3_ext import ALONE, Collectives
 
 from ..data.sources import open_source
 from ..evaluation.view import View
+from .calibrate import calibrate
 from .cluster import ClusterSettings, Hierarchy, cluster, write_summary
 from .dedup import DedupSettings, Duplicates, ImageSet, dedup
 from .embed import EmbedSettings, embed, open_pool
 from .embeddings import Embeddings
-from .files import claim
+from .files import claim, read_json, write_json
 from .kmeans import Selected, Where
 from .progress import StageProgress
 from .retrieve import Retrieved, RetrieveSettings, retrieve
@@ -39,7 +41,8 @@ class Chain:
     held_out: sets for evaluation, each a spec, by name; nothing like their images stays. target: images of the pool in
     the result. retrieval_share: share of the target that retrieval may fill, the seed sets alike; the rest is sampled
     down the clusters. clusters: of each level, images first; empty: one for 40 images, then one for 20 clusters, down
-    to 10. method: "random" or "closest".
+    to 10. threshold: cosine from which two images are near duplicates; None: measured (`calibrate`). method: "random"
+    or "closest".
     Errors: ValueError for values outside these.
     """
 
@@ -51,7 +54,7 @@ class Chain:
     clusters: tuple[int, ...] = ()
     method: str = "random"
     embed: EmbedSettings
-    dedup: DedupSettings
+    threshold: float | None = None
     cluster: ClusterSettings
     retrieve: RetrieveSettings
 
@@ -96,11 +99,14 @@ def run_chain(chain: Chain, backbone: nn.Module, view: View, out: Path, *, site:
     Errors: ValueError for whatever does not fit, with the stage's name; OSError for a full disk. Finished work stays.
     """
     sets = embed_all(chain, backbone, view, out, site=site)
+    threshold = threshold_of(chain, backbone, view, out, site=site)
     pool, seeds = sets["pool"], {name: sets[name] for name in chain.seeds}
     with site.stage("dedup") as told:
         roles = dict.fromkeys(chain.seeds, "trusted") | dict.fromkeys(chain.held_out, "held-out")
         every = [ImageSet(name, found, roles.get(name, "pool")) for name, found in sets.items()]
-        duplicates = dedup(every, chain.dedup, out / "duplicates", where=site.where(told), say=told.say)
+        duplicates = dedup(
+            every, DedupSettings(threshold=threshold), out / "duplicates", where=site.where(told), say=told.say
+        )
         told.say(said_of(duplicates))
     rows = duplicates.kept("pool")
     if chain.target > len(rows):
@@ -112,7 +118,12 @@ def run_chain(chain: Chain, backbone: nn.Module, view: View, out: Path, *, site:
     with site.stage("cluster") as told:
         levels = chain.clusters or default_clusters(len(rows))
         hierarchy = cluster(
-            points, replace(chain.cluster, clusters=levels), out / "clusters", where=site.where(told), say=told.say
+            points,
+            replace(chain.cluster, clusters=levels),
+            out / "clusters",
+            where=site.where(told),
+            about={"data": pool.fingerprint, "rows": zlib.crc32(rows)},
+            say=told.say,
         )
         if site.first:
             write_summary(hierarchy)
@@ -124,7 +135,12 @@ def run_chain(chain: Chain, backbone: nn.Module, view: View, out: Path, *, site:
         )
     if site.first:
         selections = _selections(chain, pool, rows, seeds, hierarchy, duplicates, picked)
-        settings = about | {"command": "curate run", **_settings(chain, levels), "counts": duplicates.summary}
+        settings = about | {
+            "command": "curate run",
+            **_settings(chain, levels),
+            "threshold": threshold,
+            "counts": duplicates.summary,
+        }
         write_selections(out / "manifest.parquet", selections, settings)
     site.meet()
     return out / "manifest.parquet"
@@ -151,6 +167,26 @@ def embed_all(chain: Chain, backbone: nn.Module, view: View, out: Path, *, site:
         if not len(embeddings):
             raise ValueError(f"curate run: {name} has no readable image")
     return found
+
+
+def threshold_of(chain: Chain, backbone: nn.Module, view: View, out: Path, *, site: Site) -> float:
+    """The threshold for near duplicates: the one asked for, or the measured one, which is kept for a restart."""
+    if chain.threshold is not None:
+        return chain.threshold
+    path = out / "threshold.json"
+    if site.first and not path.is_file():
+        found = calibrate(
+            backbone, open_pool(chain.pool, open_source), view, settings=chain.embed, seed=chain.cluster.seed
+        )
+        write_json(path, asdict(found))
+    site.meet()
+    found = read_json(path)
+    with site.stage("dedup") as told:
+        told.say(
+            f"threshold {found['threshold']:.4f}: 97 of 100 re-encoded images keep this similarity to themselves, "
+            f"{100 * found['others']:.0f} of 100 have another image as similar among {found['images']}"
+        )
+    return found["threshold"]
 
 
 def embed_progress(told: StageProgress) -> Callable[[int, int, str], None]:

@@ -116,7 +116,7 @@ def dedup(
     """
     _check(sets)
     if where.collectives.rank == 0:
-        about = [[s.name, s.role, str(s.embeddings.path.resolve()), len(s.embeddings)] for s in sets]
+        about = [[s.name, s.role, len(s.embeddings), s.embeddings.fingerprint] for s in sets]
         claim(out, asdict(settings) | {"sets": about}, "dedup")
     _meet(where)
     if not (out / "summary.json").is_file():

@@ -181,7 +181,7 @@ def _make_shard(
         readable = [entry for entry in batch if not isinstance(entry, str)]
         unreadable += [entry for entry in batch if isinstance(entry, str)]
         if readable:
-            parts.append(_features(backbone, torch.stack([entry.pixels for entry in readable]), view, settings))
+            parts.append(features(backbone, torch.stack([entry.pixels for entry in readable]), view, settings))
             wrong = (~torch.isfinite(parts[-1]).all(dim=1)).nonzero().flatten().tolist()
             if wrong:
                 raise ValueError(f"embed: the backbone gives NaN or infinite features for {readable[wrong[0]].name}")
@@ -196,8 +196,8 @@ def _make_shard(
 
 # Not inference_mode: tables the backbone caches in it could not serve a later training step.
 @torch.no_grad()
-def _features(backbone: nn.Module, pixels: Tensor, view: View, settings: EmbedSettings) -> Tensor:
-    """fp32 (n, D) on the CPU of pixels uint8 (n, 3, Y, X)."""
+def features(backbone: nn.Module, pixels: Tensor, view: View, settings: EmbedSettings) -> Tensor:
+    """Pooled features, fp32 (n, D), on the CPU, of pixels uint8 (n, 3, Y, X)."""
     device = next(backbone.parameters()).device
     half = settings.precision == "bf16"
     with torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext():

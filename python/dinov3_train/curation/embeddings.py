@@ -112,6 +112,16 @@ class Embeddings:
         """Whether every shard has an index of its images."""
         return all(self._index(file).is_file() for file in self.files)
 
+    @property
+    def fingerprint(self) -> int:
+        """A number that changes with the embeddings: of the shards' checksums, or of their shapes without an index."""
+        facts = [shard_facts(self._index(file))["crc32"] for file in self.files] if self.indexed else self._shapes
+        return zlib.crc32(json.dumps(facts).encode())
+
+    @property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return [rows.shape for rows in self._maps]
+
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
         """Compare this rank's share of the shards with their checksums. Errors: ValueError naming the damaged shard."""
         for file in self.files[rank::world_size]:
