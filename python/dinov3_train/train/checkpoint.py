@@ -103,7 +103,7 @@ def load_teacher(path: Path, networks: torch.nn.Module) -> None:
     """Fill networks with the EMA teacher's weights of one checkpoint, tensors of the backbone and both heads."""
     entries = {"teacher": networks.state_dict()}
     _check_same_tensors(entries, path, complete=False)
-    _read(entries, path)
+    _read(entries, path, alone=True)
 
 
 def load_start(path: Path, state: TrainState, *, student: str, optimizer: bool) -> None:
@@ -121,7 +121,7 @@ def load_start(path: Path, state: TrainState, *, student: str, optimizer: bool) 
     wanted = {"teacher"} | ({"student"} if student == "student" else set()) | ({"optimizer"} if optimizer else set())
     entries = {name: value for name, value in entries.items() if name in wanted}
     _check_same_tensors(entries, path, complete=False)
-    _read(entries, path)
+    _read(entries, path, alone=True)
     if student == "teacher":
         state.student.load_state_dict(state.teacher.state_dict())
 
@@ -129,7 +129,7 @@ def load_start(path: Path, state: TrainState, *, student: str, optimizer: bool) 
 def checkpoint_config(path: Path) -> str:
     """The effective config, YAML, that a checkpoint was written with."""
     entries = {"config": ""}
-    _read(entries, path)
+    _read(entries, path, alone=True)
     return entries["config"]
 
 
@@ -183,12 +183,13 @@ def _one_rank(group: dist.ProcessGroup | None) -> bool:
     return not dist.is_initialized() or dist.get_world_size(group) == 1
 
 
-def _read(entries: dict, path: Path, group: dist.ProcessGroup | None = None) -> None:
+def _read(entries: dict, path: Path, group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
+    """Fill the entries. `alone`: this rank reads for itself, whatever the others do; else all ranks must call."""
     if not path.is_dir():
         raise ValueError(f"checkpoint: expected a folder, got {path}, which does not exist")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(entries, checkpoint_id=path, process_group=group, no_dist=_one_rank(group))
+        dcp.load(entries, checkpoint_id=path, process_group=group, no_dist=alone or _one_rank(group))
 
 
 def _check_same_tensors(entries: dict, path: Path, complete: bool = True) -> None:
