@@ -6,20 +6,23 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from .config import Config
-from .data.sources import open_source
+from .data.sources import Source, open_source
 from .evaluation import health
 from .evaluation.correspondence import Pairs, correspondence, make_pairs, pair_features
 from .evaluation.gram_teacher import Choice, Score, choose, plot, table
 from .evaluation.panel import open_panel
+from .evaluation.segment import evaluate_segment
 from .train.checkpoint import saved_steps
 from .train.distributed import Ranks, barrier
 from .train.run_folder import RunFolder
-from .weights import resolve
+from .weights import Resolved, resolve
 
 IMAGES = 48  # of the training images, spread evenly; the standard error is then about a hundredth
 MEASURE = "patches found again"
@@ -92,6 +95,8 @@ def score_run(
 ) -> tuple[Choice, list[Score], Score, str]:
     """The choice, the scores of the kept checkpoints and of the untrained start, and what was measured."""
     found = resolve(run, step=0)
+    if labelled is not None:
+        return _score_labelled(found, run, kept, named=named, labelled=labelled, here=here)
     side = config.crops.gram_size or config.crops.global_size
     source = open_source(list(config.data.sources))
     panel = open_panel(source, found.view(side), images=min(IMAGES, len(source)), patch_size=found.backbone.patch_size)
@@ -103,6 +108,42 @@ def score_run(
     untrained = score(0, f"{run}, untrained", found.backbone)
     scores = [score(step, path, resolve(path).backbone) for step, path in sorted(kept.items())]
     return choose(scores, untrained, named=named), scores, untrained, MEASURE
+
+
+def _score_labelled(
+    found: Resolved, run: Path, kept: dict[int, str], *, named: str | None, labelled: str, here: Ranks
+) -> tuple[Choice, list[Score], Score, str]:
+    """As `score_run`, by the mIoU of a linear probe: trained on every other image of `labelled`, judged on the rest."""
+    source, seen_as = open_source(labelled), found.view()
+    halves = [_EveryOther(source, first) for first in (0, 1)]
+
+    def score(step: int, path: str, backbone: nn.Module) -> Score:
+        result = evaluate_segment(backbone.to(here.device), *halves, seen_as)
+        return Score(step=step, path=path, quality=np.array([result.miou]))
+
+    untrained = score(0, f"{run}, untrained", found.backbone)
+    scores = [score(step, path, resolve(path).backbone) for step, path in sorted(kept.items())]
+    return choose(scores, untrained, named=named), scores, untrained, f"mIoU on {Path(labelled).name}"
+
+
+class _EveryOther(Source):
+    """Images `first`, `first` + 2, ... of a source."""
+
+    def __init__(self, source: Source, first: int) -> None:
+        self.classes = source.classes
+        self._source, self._numbers = source, range(first, len(source), 2)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def name(self, index: int) -> str:
+        return self._source.name(self._numbers[index])
+
+    def read(self, index: int) -> bytes | Image.Image:
+        return self._source.read(self._numbers[index])
+
+    def read_extra(self, index: int, suffix: str) -> bytes | None:
+        return self._source.read_extra(self._numbers[index], suffix)
 
 
 def _score(step: int, path: str, backbone: nn.Module, pairs: Pairs) -> Score:

@@ -133,11 +133,11 @@ def plot(scores: Sequence[Score], untrained: Score, measure: str, choice: Choice
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.errorbar(steps, means, errors, color="#0b62b0", marker="o", capsize=3, linewidth=2, label="checkpoints")
-    axes.axhline(untrained.mean, color="#626873", linestyle="--", label=f"untrained, {untrained.mean:.4f}")
+    axes.axhline(untrained.mean, color="#626873", linestyle="--", label=f"the start, {untrained.mean:.4f}")
     at = next(score for score in ordered if score.path == choice.path)
     axes.plot(at.step, at.mean, "o", markersize=15, fillstyle="none", markeredgewidth=2.5, color="#c2500a")
     axes.annotate(
-        f"Gram teacher, step {at.step}", (at.step, at.mean), xytext=(0, 16), textcoords="offset points", ha="center",
+        f"Gram teacher, step {at.step}", (at.step, at.mean + _error(at, untrained)), xytext=(0, 8), textcoords="offset points", ha="center",
         color="#c2500a", weight="bold",
     )  # fmt: skip
     axes.margins(y=0.2)
