@@ -76,11 +76,12 @@ def refine(
     words: Words = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Show the effective config and stop.")] = False,
 ) -> None:
-    """Gram anchoring: run=RUN out=RUN2 [teacher=auto|ema|WEIGHTS] [recipe=NAME] [data=PATH] [key.sub=value ...]."""
+    """Gram anchoring: run=RUN|init=WEIGHTS out=RUN2 [teacher=auto|ema|WEIGHTS] [recipe=NAME] [data=PATH] [key.sub=]."""
     from .refinement import refine as run
     from .stages import refinement
 
     extra = {
+        "init": Option(str, help="weights from elsewhere to begin with, in place of run; needs recipe, data, teacher"),
         "teacher": Option(str, default="auto", help="auto, ema, or WEIGHTS (a run, a checkpoint, a file, hf:, timm:)"),
         "labelled": Option(
             str, help="images with masks to score the checkpoints with, in place of the label-free score"
@@ -107,7 +108,7 @@ def _stage(run, stage, command: str, words: list[str], extra: dict[str, Option],
     from .refinement import stage_config
 
     options = {
-        "run": Option(str, required=True, help="RUN to begin with, or one of its checkpoints"),
+        "run": Option(str, help="RUN to begin with, or one of its checkpoints"),
         "out": Option(Path, required=not print_config, help="RUN2, a folder of its own"),
         "recipe": Option(
             str, help="NAME (see dinov3 recipes); default: the run's own settings, changed for this stage"
@@ -116,14 +117,23 @@ def _stage(run, stage, command: str, words: list[str], extra: dict[str, Option],
         "config": Option(Path, help="YAML file with overrides"),
     }
     values, overrides = word_options.read(command, words, options | extra, rest=True)
-    data = [] if values["data"] is None else values["data"].split(",")
+    init = values.get("init")
+    if (values["run"] is None) == (init is None):
+        both = "run=RUN or init=WEIGHTS" if "init" in extra else "run=RUN"
+        raise ValueError(f"{command}: expected {both}, got {'both' if init is not None else 'neither'}")
+    if init is not None:
+        overrides = [f"init.weights={_quoted(init)}", *overrides]
     config = stage_config(
-        stage, values["run"], name=values["recipe"], data=data, overrides=overrides, patch=values["config"]
+        stage,
+        values["run"],
+        name=values["recipe"],
+        overrides=[*_sources(values["data"]), *overrides],
+        patch=values["config"],
     )
     if print_config:
         print(to_yaml(config), end="")
         return
-    more = {name: values[name] for name in extra}
+    more = {name: values[name] for name in extra if name != "init"}
     finished = run(values["run"], values["out"], config=config, console=Console(), **more)
     if finished.reason == "signal":
         sys.exit(143)

@@ -22,10 +22,9 @@ from .train.run_folder import RunFolder
 
 def stage_config(
     stage: Callable[[Config], Config],
-    run: str | Path,
+    run: str | Path | None,
     *,
     name: str | None = None,
-    data: Sequence[str] = (),
     overrides: Sequence[str] = (),
     patch: Path | None = None,
 ) -> Config:
@@ -33,23 +32,27 @@ def stage_config(
 
     Args:
         stage: `stages.refinement` or `stages.adaptation`.
-        run: the run to begin with.
+        run: the run to begin with; its images are taken unless the overrides name others. None: the overrides name
+            `init.weights` and sources, and a recipe is needed.
         name: recipe; None: `stage` of the run's own config.
-        data: sources; none: those of the run.
         overrides, patch: as `config.override` takes them.
 
     Errors: ValueError for a folder that is no run, an unknown recipe, key or value.
     """
+    if run is None:
+        if name is None:
+            raise ValueError("recipe: weights without a run bring no settings, expected recipe=NAME (dinov3 recipes)")
+        config = replaced(recipe(name), {"start.optimizer": False})
+        return override(config, overrides, patch)
     earlier = run_config(run)
     config = stage(earlier) if name is None else recipe(name)
-    config = replaced(
-        config, {"data.sources": tuple(data) or config.data.sources or earlier.data.sources, "start.run": str(run)}
-    )
+    images = config.data.sources or earlier.data.sources
+    config = replaced(config, {"data.sources": images, "start.run": str(run)})
     return override(config, overrides, patch)
 
 
 def refine(
-    run: str | Path,
+    run: str | Path | None,
     out: str | Path,
     *,
     teacher: str = "auto",
@@ -60,7 +63,8 @@ def refine(
     """Gram anchoring of a pretrained run; the same call resumes.
 
     Args:
-        run: pretraining run, or one of its checkpoints; student, EMA, heads and AdamW's moments come from it.
+        run: pretraining run, or one of its checkpoints; student, EMA, heads and AdamW's moments come from it. None: the
+            config names weights in `init.weights`; heads they do not have are fresh.
         out: run folder of the refinement, new, empty, or of this very refinement.
         teacher: Gram teacher: "auto" scores what the pretraining kept and takes the best, "ema" is the live EMA, else
             weights as `weights.resolve` takes them.
@@ -71,8 +75,14 @@ def refine(
     """
     console = console or Console()
     config = config or stage_config(refinement, run)
+    if run is None and teacher == "auto":
+        raise ValueError(
+            "teacher=auto: it chooses among the checkpoints of run=RUN; expected teacher=WEIGHTS or ema with init="
+        )
 
     def choose(config: Config, here: Ranks) -> str:
+        if run is None:
+            return pinned(teacher)
         return choose_teacher(config, Path(run), Path(out), teacher, labelled=labelled, here=here, console=console)
 
     return _train(config, run, out, teacher=teacher, choose=choose, console=console)
@@ -104,7 +114,7 @@ def adapt(
 
 def _train(
     config: Config,
-    run: str | Path,
+    run: str | Path | None,
     out: str | Path,
     *,
     teacher: str,
@@ -113,7 +123,8 @@ def _train(
 ) -> Finished:
     folder = RunFolder(Path(out))
     begun = run_config(out) if folder.config.is_file() else None
-    config = _pinned_start(config, Path(run), begun)
+    if run is not None:
+        config = _pinned_start(config, Path(run), begun)
     if config.gram.weight == 0:
         return pretrain(config, out, console=console)
 

@@ -274,3 +274,35 @@ def test_print_config_shows_the_stage(dinov3, pretrained):
     assert status == 0, error
     assert "gram_size: 64" in text
     assert "recipe: tiny_refine" in text
+
+
+def test_from_weights_of_elsewhere(command, pretrained, recipe_file, image_folder, tmp_path):
+    """`init=` in place of a run: the weights are taken, the recipe says the rest."""
+    stage = tmp_path / "stage.py"
+    stage.write_text(
+        "from dinov3_train.stages import refinement\n"
+        "from dinov3_train.recipes import recipe\n\n\n"
+        f"def stage():\n    return refinement(recipe({str(recipe_file)!r}))\n"
+    )
+    words = (f"recipe={stage}", f"data={image_folder}", f"init={pretrained}", "teacher=ema", "gram.refresh_every=0")
+    text = command("refine", *words, f"out={tmp_path / 'run'}", "run.steps=2", "monitor.every=0")
+    assert "Gram teacher: the live EMA" in text
+    assert str(pretrained) in text
+    assert run_config(tmp_path / "run").start.run is None
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("out=OUT",), ("expected run=RUN or init=WEIGHTS", "neither")),
+        (("out=OUT", "run=PRETRAINED", "init=PRETRAINED"), ("expected run=RUN or init=WEIGHTS", "both")),
+        (("out=OUT", "init=PRETRAINED"), ("expected recipe=NAME",)),
+        (("out=OUT", "init=PRETRAINED", "recipe=vit_tiny_cpu_refine"), ("teacher=auto", "expected teacher=WEIGHTS")),
+    ],
+)
+def test_mistakes_of_the_beginning(dinov3, pretrained, tmp_path, words, parts):
+    words = [word.replace("OUT", str(tmp_path / "run")).replace("PRETRAINED", str(pretrained)) for word in words]
+    status, text, error = dinov3("refine", *words)
+    assert status == 2, text + error
+    for part in parts:
+        assert part in error

@@ -136,10 +136,8 @@ def plot(scores: Sequence[Score], untrained: Score, measure: str, choice: Choice
     axes.axhline(untrained.mean, color="#626873", linestyle="--", label=f"the start, {untrained.mean:.4f}")
     at = next(score for score in ordered if score.path == choice.path)
     axes.plot(at.step, at.mean, "o", markersize=15, fillstyle="none", markeredgewidth=2.5, color="#c2500a")
-    axes.annotate(
-        f"Gram teacher, step {at.step}", (at.step, at.mean + _error(at, untrained)), xytext=(0, 8), textcoords="offset points", ha="center",
-        color="#c2500a", weight="bold",
-    )  # fmt: skip
+    above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "color": "#c2500a", "weight": "bold"}
+    axes.annotate(f"Gram teacher, step {at.step}", (at.step, at.mean + _error(at, untrained)), **above)
     axes.margins(y=0.2)
     axes.set(xlabel="step of the pretraining", ylabel=measure, title="Dense quality of the kept checkpoints")
     axes.grid(alpha=0.3)
