@@ -130,8 +130,11 @@ def _train(
 
     def complete(config: Config, here: Ranks) -> Config:
         if begun is not None and begun.gram.teacher is not None and _same_source(teacher, begun.gram.teacher):
-            return replaced(config, {"gram.teacher": begun.gram.teacher})
-        return replaced(config, {"gram.teacher": choose(config, here)})
+            chosen = begun.gram.teacher
+        else:
+            chosen = choose(config, here)
+        live = {"gram.refresh_every": 0, "gram.refreshes": None} if chosen == "ema" else {}  # it is always fresh
+        return replaced(config, {"gram.teacher": chosen, **live})
 
     return pretrain(config, out, console=console, complete=complete)
 

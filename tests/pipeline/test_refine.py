@@ -237,8 +237,14 @@ def test_mistakes_of_adapt(mistake, word):
         assert part in error
 
 
-def test_a_refresh_of_the_live_ema_or_of_another_model(mistake, pretrained):
-    assert "needs no refreshing" in mistake("refine", "teacher=ema", "gram.refresh_every=2")
+def test_the_live_ema_is_never_refreshed(command, dinov3, pretrained, image_folder, tmp_path):
+    """The default cadence is dropped for it; asked for by hand it is a mistake."""
+    command("refine", f"run={pretrained}", f"out={tmp_path / 'run'}", "teacher=ema", "run.steps=1", "monitor.every=0")
+    assert (run_config(tmp_path / "run").gram.teacher, run_config(tmp_path / "run").gram.refresh_every) == ("ema", 0)
+    words = ("gram.teacher=ema", "gram.refresh_every=2", f"data={image_folder}", f"out={tmp_path / 'other'}")
+    status, _, error = dinov3("pretrain", "recipe=vit_tiny_cpu_refine", *words)
+    assert status == 2
+    assert "the live EMA needs no refreshing" in error
 
 
 def test_a_gram_teacher_of_another_patch_size(mistake, command, recipe_file, image_folder, tmp_path):
