@@ -26,7 +26,7 @@ from .build import (
 )
 from .config import Config, Distillation, override, to_yaml
 from .data.loader import make_loader
-from .data.mixture import open_data
+from .data.mixture import draw_counts, mixture_lines, open_data
 from .data.sampler import BatchPlan
 from .data.sources import Source, open_source
 from .distill.groups import check_groups, group_sizes
@@ -249,6 +249,7 @@ def _fit(
         watchers = Watchers(
             unreadable=see,
             evaluate=evaluation(config, labelled) if labelled else None,
+            drawn=draw_counts(source, seed=config.run.seed, batch_size=config.run.batch_size),
             monitor=monitor(config, source, folder, state.step, console) if group.first else None,
             monitor_every=config.monitor.every,
         )
@@ -361,6 +362,7 @@ def _say_start(
         f"{len(source)} images, batch {config.run.batch_size} on {here.world_size} x {here.device}, "
         f"{config.run.precision}, {start}, into {out}",
         f"licence of the teacher's weights: {teacher.licence}",
+        *mixture_lines(source, config.run.steps * config.run.batch_size),
     ]
     if sizes is not None:
         lines.append(f"lines below are of the first group; every student's numbers are in {out}/NAME/metrics.jsonl")

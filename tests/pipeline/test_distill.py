@@ -102,6 +102,7 @@ def test_every_student_is_a_run(whole, dinov3, image_folder, tmp_path):
         assert found.heads is not None
         lines = [json.loads(line) for line in (whole / name / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+        assert lines[-1]["epochs"] == 12 * config.run.batch_size / 40
         assert lines[-1]["learning_rate"] < 0.1 * lines[2]["learning_rate"]  # the cool-down
         assert len({line["dino_global"] for line in lines}) == 6
         untrained, trained = load(whole / name, step=0).state_dict(), weights(whole / name)

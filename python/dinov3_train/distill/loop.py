@@ -115,7 +115,8 @@ def _step(
         progress.say(f"{label}, step {state.step - 1}: not finite, step skipped ({state.skipped} in a row)")
     seen = {"ranks": group, "log": log, "clock": clock, "progress": progress}
     if state.step % run.log_every == 0 or state.step == run.steps:
-        log_step(state, report, values, {}, run=run, label=label, **seen)
+        drawn = watchers.drawn(state.step) if watchers.drawn is not None and group.first else {}
+        log_step(state, report, values, drawn, run=run, label=label, **seen)
     if run.evaluate_every and state.step % run.evaluate_every == 0 and watchers.evaluate is not None:
         evaluate_step(state, watchers.evaluate, **seen)
     if watchers.monitor_every and (state.step % watchers.monitor_every == 0 or state.step == run.steps):
