@@ -96,9 +96,12 @@ __device__ __forceinline__ int triangle(int n) { return int(int64_t(n) * (n + 1)
 // so that a static verifier can follow it. Rows stay below 2^15 (kGramMostPatches / 128).
 __device__ __forceinline__ void triangle_place(int index, int& row, int& column) {
   row = 0;
-#pragma unroll
-  for (int bit = 1 << 15; bit; bit >>= 1) row += triangle(row + bit) <= index ? bit : 0;
-  column = index - triangle(row);
+  column = index;
+#pragma unroll 1  // and the column with the row: else the larger tile with two parts spills 4 bytes on sm_120
+  for (int bit = 1 << 15; bit; bit >>= 1) {
+    const int other = index - triangle(row + bit);
+    if (other >= 0) row += bit, column = other;
+  }
 }
 
 }  // namespace dinov3_ext
