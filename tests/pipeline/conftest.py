@@ -43,8 +43,17 @@ def recipe_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
     """40 images of 48 x 40 pixels in two classes, one of stripes, one of blobs."""
-    root = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
+    return write_images(tmp_path_factory.mktemp("images"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_images(tmp_path_factory) -> Path:
+    """40 other images of the same two classes."""
+    return write_images(tmp_path_factory.mktemp("others"), seed=1)
+
+
+def write_images(root: Path, *, seed: int) -> Path:
+    generator = np.random.default_rng(seed)
     for number in range(40):
         name = ("stripes", "blobs")[number % 2]
         base = generator.integers(0, 255, (6, 5, 3), dtype=np.uint8)

@@ -20,8 +20,12 @@ def run_folder(start_dinov3, recipe_file, image_folder, tmp_path_factory):
 
 
 @pytest.fixture
-def words(run_folder, recipe_file, image_folder, tmp_path):
-    data = [f"{key}={image_folder}" for key in ("pool", "train", "test")]
+def words(run_folder, recipe_file, image_folder, other_images, tmp_path):
+    data = [
+        f"pool={image_folder}",
+        f"train={image_folder}",
+        f"test={other_images}",
+    ]  # nothing of the pool like the test
     more = [f"sets={image_folder / 'blobs'}", f"backbone={run_folder}", f"recipe={recipe_file}", "clusters=6,2"]
     return ["study", "data", *data, *more, "target=10", "steps=3", "threshold=0.9999", f"out={tmp_path / 'study'}"]
 

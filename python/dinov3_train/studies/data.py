@@ -19,7 +19,7 @@ from ..build import load, pretrain, run_config, view
 from ..config import Config, override, replaced
 from ..curation.chain import Chain, Site, run_chain
 from ..curation.cluster import ClusterSettings, Hierarchy
-from ..curation.dedup import DedupSettings, Duplicates
+from ..curation.dedup import Duplicates
 from ..curation.embed import EmbedSettings
 from ..curation.embeddings import Embeddings
 from ..curation.kmeans import Selected
@@ -174,7 +174,7 @@ def _stages(asked: DataStudy, out: Path, console: Console) -> _Stages:
         retrieval_share=0.0,
         clusters=asked.clusters,
         embed=EmbedSettings(),
-        dedup=DedupSettings(threshold=asked.threshold),
+        threshold=asked.threshold,
         cluster=ClusterSettings(clusters=asked.clusters or (1,), iterations=20, resampling=3),
         retrieve=RetrieveSettings(),
     )

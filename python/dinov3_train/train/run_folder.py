@@ -70,7 +70,8 @@ class RunFolder:
 class MetricsLog:
     """Appends one JSON object per line to `metrics.jsonl`, and the same numbers to TensorBoard and Weights & Biases.
 
-    Lines after `start_step`, left by a run that was killed after its last checkpoint, are dropped first.
+    Lines after `start_step`, left by a run that was killed after its last checkpoint, are dropped first; a run that
+    begins at step 0 writes all of its lines anew.
     """
 
     folder: RunFolder
@@ -81,7 +82,8 @@ class MetricsLog:
 
     def __post_init__(self) -> None:
         if self.folder.metrics.exists():
-            lines = [line for line in self.folder.metrics.read_text().splitlines() if _step_of(line) <= self.start_step]
+            old = self.folder.metrics.read_text().splitlines() if self.start_step else []
+            lines = [line for line in old if _step_of(line) <= self.start_step]
             partial = self.folder.metrics.with_suffix(".partial")
             partial.write_text("".join(line + "\n" for line in lines))
             os.replace(partial, self.folder.metrics)
