@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -130,3 +133,15 @@ def test_doctor_names_the_path_of_every_op(dinov3):
     text = dinov3("doctor")[1]
     for op in ("rope_attention", "rope_rotate", "gram_loss", "sinkhorn_knopp", "assignment_cross_entropy"):
         assert f"op {op}" in text
+
+
+def test_threads_wait_patiently_unless_the_user_says_how(dinov3, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    dinov3("recipes")
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    dinov3("recipes")
+    assert os.environ["GOMP_SPINCOUNT"] == "3000"
+    code = "import sys, dinov3_train.cli; assert 'torch' not in sys.modules"  # OpenMP reads it when torch is loaded
+    subprocess.run([sys.executable, "-c", code], check=True)
