@@ -224,6 +224,16 @@ def test_no_bank_conflict(emulator: ModuleType, width: int) -> None:
     assert sum(count["wavefronts"] for count in emulator.counters().values()) > 10000
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_matrix_loads_and_asynchronous_copies_have_no_bank_conflict(emulator: ModuleType, width: int) -> None:
+    """With prefix too, where lanes part at the rotation and the emulator counts their plain accesses one by one."""
+    forward(*problem([(1, 16, 16), (2, 7, 7)], prefix=5, heads=1, width=width))
+    ((name, count),) = emulator.counters().items()
+    assert "resident_forward" in name
+    assert count["ldmatrix"] > 1000
+    assert count["ldmatrix_conflicts"] == count["copy_async_conflicts"] == 0
+
+
 @pytest.mark.parametrize(("tokens", "tiles"), [(54, 4), (201, 13), (261, 17)])
 def test_sequences_are_padded_to_16_rows_only(emulator: ModuleType, tokens: int, tiles: int) -> None:
     forward(*problem([(1, 1, tokens)], prefix=0, heads=1))

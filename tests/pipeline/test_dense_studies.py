@@ -56,6 +56,18 @@ def test_gram_teacher(study, tmp_path):
     assert (tmp_path / "study" / "plot.png").is_file()
 
 
+def test_the_weights_a_pretraining_began_with_are_a_teacher(study, tmp_path):
+    assert study("gram-teacher", "teachers=6", "resolutions=1", out="first")[0] == 0
+    start = f"init.weights={tmp_path / 'first' / 'pretraining' / 'seed0'}"
+    status, text, error = study("gram-teacher", start, "teachers=0", "resolutions=1", out="second")
+    assert status == 0, error
+    assert "| step0-x1-w2 | 1 |" in text
+    config = run_config(tmp_path / "second" / "runs" / "step0-x1-w2-seed0")
+    assert config.gram.teacher.endswith("step_00000000.safetensors")
+    status, _, error = study("dense-regularizers", start, "teacher=7", out="third")
+    assert (status, "a step in [0, 6], got 7" in error) == (2, True)
+
+
 def test_dense_regularizers(study, tmp_path):
     status, text, error = study("dense-regularizers")
     assert status == 0, error
@@ -86,6 +98,10 @@ def test_arms_differ_from_no_arm_in_what_they_are_about(recipe_file, image_folde
     assert plain.gram.weight == 0
     assert plain.crops.gram_size is None
     assert plain.run.steps == 3
+    assert plain.optimizer.momentum == 0.0
+    assert continued(base, tmp_path, 200, {}).optimizer.momentum == min(
+        0.975, continued(base, tmp_path, 10**6, {}).optimizer.momentum
+    )
 
 
 def test_mistakes_are_one_line(study, tmp_path):

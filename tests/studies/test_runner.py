@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from dinov3_train.studies.results import Score, difference, grouped_score, interval
+from dinov3_train.studies.results import Score, difference, grouped_score, interval, ratio_score
 from dinov3_train.studies.runner import Arm, Study, run_study
 
 
@@ -132,6 +132,27 @@ def test_a_grouped_score_is_the_mean_over_groups():
         grouped_score([], [])
     with pytest.raises(ValueError, match="a group for each item, got 1 and 0"):
         Score(1.0, [1.0], [])
+
+
+def test_intervals_of_ratios_are_those_of_a_loop_over_resampled_images():
+    generator = np.random.default_rng(0)
+    wholes = generator.integers(0, 50, (60, 3)).astype(float)
+    wholes[:, 2] = 0.0  # a class that does not occur
+    parts = np.floor(wholes * generator.random((60, 3)))
+    score = ratio_score(parts, wholes)
+    assert score.value == pytest.approx(np.mean(parts.sum(0)[:2] / wholes.sum(0)[:2]))
+    found = []
+    for _ in range(2000):
+        rows = generator.integers(0, 60, 60)
+        found.append(np.mean(parts[rows].sum(0)[:2] / wholes[rows].sum(0)[:2]))
+    whole = interval([score])
+    assert whole.kind == "items"
+    assert (whole.low, whole.high) == pytest.approx(np.quantile(found, [0.025, 0.975]), abs=0.01)
+    apart = difference([ratio_score(np.minimum(parts + 1, wholes), wholes)], [score])  # every image a little better
+    assert 0 < apart.low < apart.mean < apart.high
+    assert apart.high - apart.low < 0.3 * (whole.high - whole.low)
+    with pytest.raises(ValueError, match="a whole for each part, got 1 and 0"):
+        Score(1.0, parts=[[1.0]])
 
 
 def test_a_number_alone_has_no_interval(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,7 +71,16 @@ DEFAULTS = SegmentSettings()
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentResult(ProbeResult):
-    """mIoU and pixel accuracy of the test images; details: IoU of each class, scores of each learning rate."""
+    """mIoU and pixel accuracy of the test images; details: IoU of each class, scores of each learning rate.
+
+    image_counts: (n, C, 3) true positives, false positives and false negatives of each test image, not written to JSON.
+    """
+
+    image_counts: Tensor = field(compare=False, repr=False)
+
+    def to_dict(self) -> dict:
+        """Without `image_counts`."""
+        return {key: value for key, value in super().to_dict().items() if key != "image_counts"}
 
     @property
     def miou(self) -> float:
@@ -333,4 +342,5 @@ def _result(
         settings={**view.to_dict(), **asdict(settings)},
         details={"class_iou": class_iou(sums).tolist(), **details},
         groups=None if groups is None else by_group("miou", miou, groups),
+        image_counts=counts,
     )

@@ -28,7 +28,7 @@ from ..stages import refinement
 from ..train.run_folder import RunFolder
 from ..weights import resolve
 from ..words import Option
-from .results import Score, grouped_score
+from .results import Score, grouped_score, ratio_score
 
 PANEL = 32  # images of which the coherence of similarities is measured
 
@@ -82,13 +82,17 @@ def pretraining(asked: Asked, *, history_every: int) -> Config:
 
 
 def continued(base: Config, run: Path, more: int, changes: dict[str, object]) -> Config:
-    """`more` steps after the pretraining in `run`, with what an arm changes; without a Gram term unless it asks."""
+    """`more` steps after the pretraining in `run`, with what an arm changes; without a Gram term unless it asks.
+
+    The EMA, by which arms are judged, keeps at most e^-5 of its start: few steps would not show in a slower one.
+    """
     staged = refinement(base)
     values = {
         "start.run": str(RunFolder(run).checkpoints().path(base.run.steps)),
         "run.steps": more,
         "run.checkpoint_every": more,
         "monitor.every": max(more // 3, 1),
+        "optimizer.momentum": min(staged.optimizer.momentum, max(1.0 - 5.0 / more, 0.0)),
         "gram.weight": 0.0,
         "gram.ramp": more // 10,
         "gram.refresh_every": 0,
@@ -145,7 +149,7 @@ def measured(asked: Asked, side: int) -> Callable[[Path, int], dict[str, Score]]
         each = [locality(image[None]) for image in patches]
         looks = history_of(read_metrics(folder / "metrics.jsonl"))
         return {
-            "mIoU": Score(result.miou),
+            "mIoU": ratio_score(result.image_counts[..., 0], result.image_counts.sum(dim=-1)),
             "locality": grouped_score(each, [0] * len(each)),
             "coherence": Score(pca_coherence(patches)),
             "signs": Score(float(len(all_signs(looks)))),
@@ -164,6 +168,11 @@ def probe_side(asked: Asked, base: Config) -> int:
     return asked.size or 2 * base.crops.global_size
 
 
-def common_divisor(steps: Sequence[int]) -> int:
-    """The widest cadence of a history that keeps all of `steps`."""
-    return math.gcd(*steps)
+def earliest(asked: Asked) -> int:
+    """The first step whose weights a pretraining can keep: 0 where it begins from weights, else 1."""
+    return 1 if override(recipe_by_name(asked.recipe), asked.overrides).init.weights is None else 0
+
+
+def cadence(steps: Sequence[int], last: int) -> int:
+    """The widest cadence of a history that keeps all of `steps`; `last` where that is step 0 alone."""
+    return math.gcd(*steps) or last

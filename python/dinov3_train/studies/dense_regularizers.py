@@ -23,7 +23,9 @@ from .runner import Arm, Study, run_study
 QUESTION = "Does a simpler regulariser keep dense features as Gram anchoring does?"
 
 OPTIONS = anchoring.OPTIONS | {
-    "teacher": Option(int, help="step of the early teacher; default: a third of the pretraining"),
+    "teacher": Option(
+        int, help="step of the early teacher, 0 the weights it began with; default: a third of the pretraining"
+    ),
     "gram": Option(float, default=2.0, help="weight of the Gram term"),
     "koleo_patches": Option(float, default=0.1, help="weight of KoLeo among patches"),
     "ibot": Option(float, default=2.0, help="factor of the iBOT weight"),
@@ -58,12 +60,13 @@ def run(
         recipe, the sources or the study refuses.
     """
     step = asked.teacher if asked.teacher is not None else max(asked.steps // 3, 1)
-    if not 1 <= step <= asked.steps:
-        raise ValueError(f"study dense-regularizers: teacher expects a step in [1, {asked.steps}], got {step}")
+    first = anchoring.earliest(asked)
+    if not first <= step <= asked.steps:
+        raise ValueError(f"study dense-regularizers: teacher expects a step in [{first}, {asked.steps}], got {step}")
     for name in ("gram", "koleo_patches", "ibot", "dense", "features"):
         if getattr(asked, name) <= 0:
             raise ValueError(f"study dense-regularizers: {name} expects a weight above 0, got {getattr(asked, name):g}")
-    base = anchoring.pretraining(asked, history_every=step)
+    base = anchoring.pretraining(asked, history_every=anchoring.cadence((step,), asked.steps))
     dense = replaced(base, {"losses.dense": asked.dense})
     ibot = asked.ibot * base.losses.ibot
 

@@ -30,7 +30,11 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 OPTIONS = anchoring.OPTIONS | {
-    "teachers": Option(_whole, default=(), help="steps of the pretraining; default: a third, two thirds, its end"),
+    "teachers": Option(
+        _whole,
+        default=(),
+        help="steps of the pretraining, 0 the weights it began with; default: a third, two thirds, its end",
+    ),
     "resolutions": Option(_numbers, default=(1.0, 2.0), help="Gram crops as multiples of the global crop's side"),
     "weights": Option(_numbers, default=(2.0,), help="of the Gram term"),
 }
@@ -59,14 +63,17 @@ def run(
         whatever the recipe, the sources or the study refuses.
     """
     teachers = asked.teachers or tuple(max(round(asked.steps * part / 3), 1) for part in (1, 2, 3))
-    if min(teachers) < 1 or max(teachers) > asked.steps or len(set(teachers)) < len(teachers):
-        raise ValueError(f"study gram-teacher: teachers expects different steps in [1, {asked.steps}], got {teachers}")
+    first = anchoring.earliest(asked)
+    if min(teachers) < first or max(teachers) > asked.steps or len(set(teachers)) < len(teachers):
+        raise ValueError(
+            f"study gram-teacher: teachers expects different steps in [{first}, {asked.steps}], got {teachers}"
+        )
     if min(asked.resolutions) < 1 or min(asked.weights) <= 0:
         raise ValueError(
             f"study gram-teacher: expected resolutions of at least 1 and weights above 0, got {asked.resolutions} and "
             f"{asked.weights}"
         )
-    base = anchoring.pretraining(asked, history_every=anchoring.common_divisor(teachers))
+    base = anchoring.pretraining(asked, history_every=anchoring.cadence(teachers, asked.steps))
     arms = [Arm("none", "goes on without a Gram term", _trainer(asked, base, out, lambda _: {}))]
     for step in teachers:
         for factor in asked.resolutions:

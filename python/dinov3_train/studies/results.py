@@ -18,8 +18,12 @@ BOUNDS, APART = ("mean", "low", "high"), ("difference", "difference_low", "diffe
 
 @dataclass(frozen=True)
 class Score:
-    """One number of one run, the mean over groups of the mean of their items: items (n,), such as 1 for a test image
-    that was classified rightly; groups (n,), such as its class. Without items, a number alone.
+    """One number of one run. What it was computed from gives its interval; without, it is a number alone:
+
+    items, groups (n,): the mean over groups of the mean of their items, such as 1 for a test image that was classified
+        rightly; groups: such as its class;
+    parts, wholes (n, C): the mean over C of sum parts / sum wholes, both over n, such as intersections and unions of C
+        classes in n images; a class whose wholes are all zero is left out.
 
     Two runs are judged on the same items in the same order.
     """
@@ -27,10 +31,14 @@ class Score:
     value: float
     items: list[float] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
+    parts: list[list[float]] = field(default_factory=list)
+    wholes: list[list[float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if len(self.items) != len(self.groups):
             raise ValueError(f"Score: expected a group for each item, got {len(self.items)} and {len(self.groups)}")
+        if len(self.parts) != len(self.wholes):
+            raise ValueError(f"Score: expected a whole for each part, got {len(self.parts)} and {len(self.wholes)}")
 
 
 def grouped_score(items: Sequence[float], groups: Sequence[int]) -> Score:
@@ -40,6 +48,20 @@ def grouped_score(items: Sequence[float], groups: Sequence[int]) -> Score:
         raise ValueError("Score: expected at least one item, got none")
     means = [values[labels == group].mean() for group in np.unique(labels)]
     return Score(float(np.mean(means)), [float(v) for v in values], [int(g) for g in labels])
+
+
+def ratio_score(parts: np.ndarray, wholes: np.ndarray) -> Score:
+    """The score whose value is the mean over C of sum parts / sum wholes, both (n, C)."""
+    parts, wholes = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)
+    value = _mean_ratio(parts.sum(axis=0), wholes.sum(axis=0))
+    return Score(float(value), parts=parts.tolist(), wholes=wholes.tolist())
+
+
+def _mean_ratio(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
+    """(...,) from sums (..., C)."""
+    there = wholes > 0
+    ratios = np.divide(parts, wholes, out=np.zeros_like(parts), where=there)
+    return ratios.sum(axis=-1) / there.sum(axis=-1)
 
 
 @dataclass(frozen=True)
@@ -55,24 +77,18 @@ class Interval:
 def interval(scores: Sequence[Score]) -> Interval:
     """Of runs that differ in the seed: over seeds from three on; of fewer, over the items they were judged on."""
     values = [score.value for score in scores]
-    if len(scores) >= FEWEST_SEEDS:
-        return _over_seeds(values)
-    if scores[0].items:
-        return _over_items(np.mean([score.items for score in scores], axis=0), np.asarray(scores[0].groups))
-    return Interval(float(np.mean(values)), None, None, "")
+    return _over_seeds(values) if len(scores) >= FEWEST_SEEDS else _over_items(values, _resampled(scores))
 
 
 def difference(scores: Sequence[Score], others: Sequence[Score]) -> Interval:
     """Interval of scores minus others, run by run: of one seed, or of the same items."""
     if len(scores) != len(others):
         raise ValueError(f"difference: expected as many runs of both, got {len(scores)} and {len(others)}")
+    values = [one.value - other.value for one, other in zip(scores, others)]
     if len(scores) >= FEWEST_SEEDS:
-        return _over_seeds([one.value - other.value for one, other in zip(scores, others)])
-    if scores[0].items and all(len(s.items) == len(scores[0].items) for s in [*scores, *others]):
-        items = np.mean([np.subtract(one.items, other.items) for one, other in zip(scores, others)], axis=0)
-        return _over_items(items, np.asarray(scores[0].groups))
-    mean = float(np.mean([one.value - other.value for one, other in zip(scores, others)]))
-    return Interval(mean, None, None, "")
+        return _over_seeds(values)
+    ours, theirs = _resampled(scores), _resampled(others)  # of the same draws
+    return _over_items(values, None if ours is None or theirs is None else ours - theirs)
 
 
 def _over_seeds(values: Sequence[float]) -> Interval:
@@ -84,16 +100,32 @@ def _over_seeds(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half, "seeds")
 
 
-def _over_items(items: np.ndarray, groups: np.ndarray) -> Interval:
-    """Bootstrap over items (n,), drawn again within each group; it knows nothing of other seeds."""
-    generator, means = np.random.default_rng(0), []
+def _over_items(values: Sequence[float], resampled: np.ndarray | None) -> Interval:
+    """Percentiles of the bootstrap; it knows nothing of other seeds."""
+    if resampled is None:
+        return Interval(float(np.mean(values)), None, None, "")
+    low, high = np.quantile(resampled, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
+    return Interval(float(np.mean(values)), float(low), float(high), "items")
+
+
+def _resampled(scores: Sequence[Score]) -> np.ndarray | None:
+    """(RESAMPLES,) means over the runs, items drawn again: within each group, or where all groups share them, at once.
+
+    The draws depend on the numbers of items alone, so that runs can be compared draw by draw. None for numbers alone,
+    and for runs that were judged on different items.
+    """
+    generator, first = np.random.default_rng(0), scores[0]
+    if first.wholes and all(len(score.wholes) == len(first.wholes) for score in scores):
+        count = len(first.wholes)
+        drawn = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
+        return np.mean([_mean_ratio(drawn @ score.parts, drawn @ score.wholes) for score in scores], axis=0)
+    if not first.items or any(score.groups != first.groups for score in scores):
+        return None
+    items, groups, means = np.mean([score.items for score in scores], axis=0), np.asarray(first.groups), []
     for group in np.unique(groups):
         mine = items[groups == group]
         means.append(mine[generator.integers(0, len(mine), (RESAMPLES, len(mine)))].mean(axis=1))
-    resampled = np.mean(means, axis=0)  # (RESAMPLES,)
-    low, high = np.quantile(resampled, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
-    mean = float(np.mean([items[groups == group].mean() for group in np.unique(groups)]))
-    return Interval(mean, float(low), float(high), "items")
+    return np.mean(means, axis=0)
 
 
 @dataclass(frozen=True)
@@ -159,7 +191,7 @@ class Results:
         kinds = {row["interval"] for row in summary}
         notes = {
             "seeds": "Intervals: 95 %, Student's t over seeds.",
-            "items": "Intervals: 95 %, bootstrap over test images within classes; they do not cover other seeds.",
+            "items": "Intervals: 95 %, bootstrap over test images; they do not cover other seeds.",
         }
         return "\n".join([*lines, "", *(notes[kind] for kind in sorted(kinds) if kind in notes)]) + "\n"
 
