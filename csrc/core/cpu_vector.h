@@ -152,6 +152,18 @@ DINOV3_EXT_INLINE float sum_lanes(typename Vector<W>::Float value) {
   return sum;
 }
 
+// `below` where the sign bit of `value` is set, else `above`. (GCC 12 breaks down on value < 0 ? below : above where
+// the value comes straight from memory.)
+template <int W>
+DINOV3_EXT_INLINE typename Vector<W>::Float where_negative(typename Vector<W>::Float value,
+                                                           typename Vector<W>::Float below,
+                                                           typename Vector<W>::Float above) {
+  using V = Vector<W>;
+  const typename V::Int sign = bits_as<typename V::Int>(value) >> 31;
+  return bits_as<typename V::Float>((sign & bits_as<typename V::Int>(below)) |
+                                    (~sign & bits_as<typename V::Int>(above)));
+}
+
 // NaN in `a` is kept. One instruction where there is AVX (GCC 12 makes a comparison and a move of the expression).
 template <int W>
 DINOV3_EXT_INLINE typename Vector<W>::Float larger(typename Vector<W>::Float a, typename Vector<W>::Float b) {

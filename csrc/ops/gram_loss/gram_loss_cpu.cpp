@@ -2,8 +2,8 @@
 // here, or of bf16 parts on AMX tiles (gram_loss_cpu_parts.cpp).
 //
 // Per strip of rows (gram_loss_plan_cpu.h):
-//   1. a task per image and column J of blocks: similarities of student and teacher (symmetric: rows I <= J), the loss,
-//      the differences d', and what the normalisation takes back, t[i] = sum_j d'[i, j] S[i, j]
+//   1. a task per image and one or a few columns J of blocks: similarities of student and teacher (symmetric: rows
+//      I <= J), the loss, the differences d', and what the normalisation takes back, t[i] = sum_j d'[i, j] S[i, j]
 //   2. a task per image, 64 columns of the width and group of rows: d' times the normalised features. Rows of the strip
 //      become the gradient; rows below it collect the strip's share: in the gradient's own memory, and where that is
 //      bf16, with the low halves of the fp32 numbers beside it.
@@ -134,63 +134,56 @@ DINOV3_EXT_INLINE void narrow_similarities(const Work& work, int64_t image, int6
   }
 }
 
-// Adds the loss of one row of one block, and turns it to d' and d' S. `gap`: similarities less
-// targets. `diagonal`: of this row, in columns of the block.
+// Adds the loss of one row of one block, and turns it to d' and d' S. `gap`: similarities less targets; both are zeros
+// where the row is not to count. `diagonal`: of this row, in columns of the block, or -1.
 template <int W>
-DINOV3_EXT_INLINE float difference_row(GramClip clip, int64_t columns, int64_t diagonal, const float* similarity,
-                                       const float* gap, float* difference, float* along_columns, double& loss) {
-  using V = Vector<W>;
-  using Float = typename V::Float;
+DINOV3_EXT_INLINE float difference_row(GramClip clip, int64_t diagonal, const float* similarity, const float* gap,
+                                       float* difference, float* along_columns, double& loss) {
+  using Float = typename Vector<W>::Float;
   const Float zero = splat<W>(0.f);
-  typename V::Int lane;
-  for (int i = 0; i < W; ++i) lane[i] = i;
-  Float total = zero, along = zero, on_diagonal = zero;
+  Float total = zero, along = zero;
+  const float before = diagonal < 0 ? 0.f : along_columns[diagonal];
+  alignas(64) float deviations[kBlock];
   for (int64_t n = 0; n < kBlock; n += W) {
-    const typename V::Int place = lane + int32_t(n);
-    const auto inside = (place >= int32_t(diagonal)) & (place < int32_t(columns));
-    const Float s = inside ? load<W>(similarity + n) : zero, g = inside ? load<W>(gap + n) : zero, t = s - g;
+    const Float s = load<W>(similarity + n), g = load<W>(gap + n), t = s - g;
     Float d = g;
     if (clip != GramClip::none) d = t < zero ? s : d;
-    if (clip == GramClip::both) d = s < zero ? (t < zero ? zero : -t) : d;
+    if (clip == GramClip::both) d = where_negative<W>(s, t < zero ? zero : -t, d);
     total += d * d;
-    on_diagonal += place == int32_t(diagonal) ? d * d : zero;
+    if (diagonal >= 0) store<W>(deviations + n, d);
     if (difference) {
-      const Float gradient = clip == GramClip::both ? (s < zero ? zero : d) : d;
+      const Float gradient = clip == GramClip::both ? where_negative<W>(s, zero, d) : d;
       store<W>(difference + n, gradient);
       const Float both = gradient * s;
       along += both;
-      store<W>(along_columns + n, load<W>(along_columns + n) + (place == int32_t(diagonal) ? zero : both));
+      store<W>(along_columns + n, load<W>(along_columns + n) + both);
     }
   }
-  loss += 2. * sum_lanes<W>(total) - sum_lanes<W>(on_diagonal);
+  loss += 2. * sum_lanes<W>(total);
+  if (diagonal >= 0) {  // once, not twice
+    loss -= double(deviations[diagonal]) * deviations[diagonal];
+    along_columns[diagonal] = before;
+  }
   return sum_lanes<W>(along);
 }
 
-// `product`: similarities of one side.
-template <int W, class Similarities>
-DINOV3_EXT_INLINE void similarity_task(const Work& work, int64_t image, int64_t column, Similarities product) {
+// Of the similarities in `ours`, and in `gaps` how far the teacher's are below them: loss, d' and t of a column.
+template <int W>
+DINOV3_EXT_INLINE void difference_column(const Work& work, int64_t image, int64_t column, float* ours, float* gaps) {
   const GramPlan& plan = work.plan;
   const auto [begin, end, columns] = BlockPair(work, column);
-  const int64_t rows = GramPlan::divide_up(end - begin, kBlock) * kBlock;  // whole tiles of any kernel
-  Buffer<float> ours(rows * kBlock), gaps(rows * kBlock);
-  if (plan.width <= kNarrow) {
-    narrow_similarities<W>(work, image, column, ours.data, gaps.data);
-  } else {
-    product(work, false, image, column, ours.data);
-    product(work, true, image, column, gaps.data);
-    for (int64_t i = 0; i < rows * kBlock; i += W) {
-      store<W>(gaps.data + i, load<W>(ours.data + i) - load<W>(gaps.data + i));
-    }
-  }
-
   alignas(64) float along_columns[kBlock] = {}, row_of_differences[kBlock];
   float* parts = plan.gradient ? work.along_parts(image, column) : nullptr;
   double loss = 0;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t block = row / kBlock, diagonal = block < column ? -1 : row - column * kBlock;
-    const float along = difference_row<W>(work.args.clip, columns, diagonal, ours.data + (row - begin) * kBlock,
-                                          gaps.data + (row - begin) * kBlock,
-                                          plan.gradient ? row_of_differences : nullptr, along_columns, loss);
+    for (float* one : {ours + (row - begin) * kBlock, gaps + (row - begin) * kBlock}) {
+      std::fill(one, one + std::max<int64_t>(diagonal, 0), 0.f);  // below the diagonal, and behind the last patch
+      std::fill(one + columns, one + kBlock, 0.f);
+    }
+    const float along =
+        difference_row<W>(work.args.clip, diagonal, ours + (row - begin) * kBlock, gaps + (row - begin) * kBlock,
+                          plan.gradient ? row_of_differences : nullptr, along_columns, loss);
     if (!plan.gradient) continue;
     parts[row - begin] = along;
     float* to = work.differences(image, block) + (row - block * kBlock) * plan.pitch(block) + (column - block) * kBlock;
@@ -207,6 +200,26 @@ DINOV3_EXT_INLINE void similarity_task(const Work& work, int64_t image, int64_t 
     for (int64_t m = 0; m < columns; ++m) {
       for (int64_t n = m + 1; n < columns; ++n) square[n * pitch + m] = square[m * pitch + n];
     }
+  }
+}
+
+// Columns [first, last) of blocks. `product`: similarities of one side.
+template <int W, class Similarities>
+DINOV3_EXT_INLINE void similarity_task(const Work& work, int64_t image, int64_t first, int64_t last,
+                                       Similarities product) {
+  int64_t size = 0;
+  for (int64_t column = first; column < last; ++column) size += BlockPair(work, column).size();
+  const Buffer<float> ours(size), gaps(size);
+  const bool narrow = work.plan.width <= kNarrow;
+  if (!narrow) {
+    product(work, false, image, first, last, ours.data);
+    product(work, true, image, first, last, gaps.data);
+    for (int64_t i = 0; i < size; i += W) store<W>(gaps.data + i, load<W>(ours.data + i) - load<W>(gaps.data + i));
+  }
+  int64_t at = 0;
+  for (int64_t column = first; column < last; at += BlockPair(work, column++).size()) {
+    if (narrow) narrow_similarities<W>(work, image, column, ours.data + at, gaps.data + at);
+    difference_column<W>(work, image, column, ours.data + at, gaps.data + at);
   }
 }
 
@@ -323,7 +336,7 @@ DINOV3_EXT_INLINE void gradient_task(const Work& work, int64_t image, int64_t fi
 
 struct Kernels {
   double (*inverse_norm)(const GramFeatures&, int64_t image, int64_t row, int64_t width);
-  void (*similarities)(const Work&, int64_t image, int64_t column);
+  void (*similarities)(const Work&, int64_t image, int64_t first, int64_t last);
   void (*gradient)(const Work&, int64_t image, int64_t first, int64_t last, int64_t begin);
   int64_t gradient_columns;  // of the width, in a task
 };
@@ -332,11 +345,14 @@ struct Kernels {
   TARGET double inverse_norm_##NAME(const GramFeatures& features, int64_t image, int64_t row, int64_t width) { \
     return inverse_norm<W>(features, image, row, width);                                                       \
   }                                                                                                            \
-  TARGET void one_side_##NAME(const Work& work, bool teacher, int64_t image, int64_t column, float* result) {  \
-    similarities<W>(work, teacher, image, column, result);                                                     \
+  TARGET void one_side_##NAME(const Work& work, bool teacher, int64_t image, int64_t first, int64_t last,      \
+                              float* result) {                                                                 \
+    for (int64_t column = first; column < last; result += BlockPair(work, column++).size()) {                  \
+      similarities<W>(work, teacher, image, column, result);                                                   \
+    }                                                                                                          \
   }                                                                                                            \
-  TARGET void similarities_##NAME(const Work& work, int64_t image, int64_t column) {                           \
-    similarity_task<W>(work, image, column, one_side_##NAME);                                                  \
+  TARGET void similarities_##NAME(const Work& work, int64_t image, int64_t first, int64_t last) {              \
+    similarity_task<W>(work, image, first, last, one_side_##NAME);                                             \
   }                                                                                                            \
   TARGET void gradient_##NAME(const Work& work, int64_t image, int64_t first, int64_t last, int64_t begin) {   \
     gradient_task<W>(work, image, first, last, begin);                                                         \
@@ -348,8 +364,8 @@ KERNELS_OF(, portable, 4)
 KERNELS_OF(DINOV3_EXT_AVX2, avx2, 8)
 KERNELS_OF(DINOV3_EXT_AVX512, avx512, 16)
 
-DINOV3_EXT_AVX512 void similarities_with_amx(const Work& work, int64_t image, int64_t column) {
-  similarity_task<16>(work, image, column, similarities_amx);
+DINOV3_EXT_AVX512 void similarities_with_amx(const Work& work, int64_t image, int64_t first, int64_t last) {
+  similarity_task<16>(work, image, first, last, similarities_amx);
 }
 DINOV3_EXT_AVX512 void gradient_with_amx(const Work& work, int64_t image, int64_t first, int64_t last, int64_t begin) {
   const int64_t count = std::min(kPartsColumns, work.plan.width - begin);
@@ -390,8 +406,11 @@ void norms_task(int64_t begin, int64_t end, void* context) {
 
 void similarities_tasks(int64_t begin, int64_t end, void* context) {
   const Task& task = *static_cast<const Task*>(context);
+  const Work& work = task.work;
   for (int64_t i = begin; i < end; ++i) {
-    task.kernels.similarities(task.work, i / task.each, task.work.first + i % task.each);
+    const int64_t first = work.first + i % task.each * work.plan.columns_at_once;
+    const int64_t last = std::min(first + work.plan.columns_at_once, work.plan.blocks);
+    task.kernels.similarities(work, i / task.each, first, last);
   }
 }
 
@@ -437,7 +456,7 @@ void gram_loss_cpu(const GramLoss& args, ParallelFor parallel_for) {
     for (work.strip = 0; work.strip < plan.strips(); ++work.strip) {
       work.first = work.strip * plan.strip_blocks;
       work.last = std::min(work.first + plan.strip_blocks, plan.blocks);
-      task.each = plan.blocks - work.first;
+      task.each = GramPlan::divide_up(plan.blocks - work.first, plan.columns_at_once);
       parallel_for(0, work.images * task.each, similarities_tasks, &task);
       if (!plan.gradient) continue;
       join_along(work);

@@ -40,13 +40,16 @@ struct Work {
   double* loss(int64_t image, int64_t column) const { return part<double>(plan.losses, image, plan.blocks) + column; }
 };
 
-// Rows of a task over pairs of blocks: those of the strip up to block `column`; columns: the patches of that block.
+// Rows of a column of blocks: those of the strip up to block `column`; columns: the patches of that block.
 struct BlockPair {
   int64_t begin, end, columns;
   BlockPair(const Work& work, int64_t column)
       : begin(work.first * kBlock),
         end(std::min({work.last * kBlock, (column + 1) * kBlock, work.plan.patches})),
         columns(std::min(kBlock, work.plan.patches - column * kBlock)) {}
+
+  // Numbers that its similarities take: (rows, kBlock), rows up to a whole block.
+  int64_t size() const { return GramPlan::divide_up(end - begin, kBlock) * kBlock * kBlock; }
 };
 
 // ---- rows of features
@@ -93,8 +96,8 @@ DINOV3_EXT_INLINE void read_row(const GramFeatures& features, int64_t image, int
 constexpr int64_t kPartsColumns = 256;
 
 #if defined(__x86_64__)
-// Similarities of one side: rows of the strip's blocks up to `column`, columns of that block: (rows, kBlock).
-void similarities_amx(const Work& work, bool teacher, int64_t image, int64_t column, float* result);
+// Similarities of one side: columns [first, last) of blocks, one behind the other as `BlockPair` says.
+void similarities_amx(const Work& work, bool teacher, int64_t image, int64_t first, int64_t last, float* result);
 
 // d' times the normalised features: rows of blocks [first, last), columns [begin, begin + count) of the width, to sums
 // (rows, kPartsColumns).

@@ -62,56 +62,67 @@ DINOV3_EXT_INLINE void pack_left(const GramFeatures& features, const double* inv
 
 // ---- 1. similarities ----
 
+// Splitting a number into parts takes as long as multiplying it with the 96 rows of a block, so a block of rows is
+// split once and multiplied with all columns of the task to the right of it. From the last block on: those that are a
+// column's, too, become its right operands.
 template <int Parts>
-DINOV3_EXT_AMX void similarities_of(const Work& work, bool teacher, int64_t image, int64_t column, float* result) {
+DINOV3_EXT_AMX void similarities_of(const Work& work, bool teacher, int64_t image, int64_t first, int64_t last,
+                                    float* result) {
   const AmxTiles tiles;
   const GramFeatures& features = teacher ? work.args.teacher : work.args.student;
   const double* inverse = work.inverse_norms(image, teacher);
   const int64_t patches = work.plan.patches, from = work.first_image + image, width = work.plan.width;
-  const auto [begin, end, columns] = BlockPair(work, column);
   constexpr int64_t kPanels = kBlock / kPanel, kMostSteps = kDepth<Parts> / kStep;
-  // A block of 96 rows as left operands, and the block of columns as right ones. The same where they meet.
   constexpr int64_t kPart = kMostSteps * kPanels * kTile;
-  const Buffer<char> left(Parts * kPart), right(Parts * kPart);
+  const Buffer<char> left(Parts * kPart), right((last - first) * Parts * kPart);
   for (int64_t k = 0; k < width; k += kDepth<Parts>) {
     const int64_t depth = std::min(kDepth<Parts>, width - k), steps = GramPlan::divide_up(depth, kStep);
-    pack_left<Parts>(features, inverse, from, column * kBlock, patches, k, depth, left.data, kPart);
-    for (int64_t tile = 0; tile < Parts * kMostSteps * kPanels; ++tile) {
-      if (tile % (kMostSteps * kPanels) >= steps * kPanels) continue;
-      turn_tile(left.data + tile * kTile, right.data + tile * kTile);
-    }
-    // From the last block on: the one on the diagonal, if it is there, has its left operands already.
-    for (int64_t row = (end - 1 - begin) / kBlock * kBlock + begin; row >= begin; row -= kBlock) {
-      if (row != column * kBlock) {
-        pack_left<Parts>(features, inverse, from, row, patches, k, depth, left.data, kPart);
+    for (int64_t block = last - 1; block >= work.first; --block) {
+      if (block < first && block >= work.last) continue;  // below the strip, left of the columns
+      pack_left<Parts>(features, inverse, from, block * kBlock, patches, k, depth, left.data, kPart);
+      if (block >= first) {
+        char* own = right.data + (block - first) * Parts * kPart;
+        for (int64_t tile = 0; tile < Parts * kMostSteps * kPanels; ++tile) {
+          if (tile % (kMostSteps * kPanels) >= steps * kPanels) continue;
+          turn_tile(left.data + tile * kTile, own + tile * kTile);
+        }
       }
-      const PartProduct given{{left.data, kPart, kPanels * kTile, Parts},
-                              {right.data, kPart, kPanels * kTile, Parts},
-                              steps,
-                              reinterpret_cast<char*>(result + (row - begin) * kBlock),
-                              kBlock * 4,
-                              kLine,
-                              k > 0};
-      const int64_t row_tiles = GramPlan::divide_up(std::min(kBlock, end - row), kPanel);
-      if (row != column * kBlock) {
-        multiply_panels(given, row_tiles, GramPlan::divide_up(columns, kPanel));
-        continue;
-      }
-      for (int64_t panel = 0; panel < row_tiles; panel += 2) {  // down to the diagonal
-        for (int64_t tile = 0; tile <= panel; tile += 2) multiply_tiles<32, 2>(given, tile, panel);
+      if (block >= work.last) continue;
+      const int64_t row_tiles = GramPlan::divide_up(std::min(kBlock, patches - block * kBlock), kPanel);
+      float* to = result + (block - work.first) * kBlock * kBlock;
+      for (int64_t column = first; column < last; to += BlockPair(work, column++).size()) {
+        if (column < block) continue;
+        const PartProduct given{{left.data, kPart, kPanels * kTile, Parts},
+                                {right.data + (column - first) * Parts * kPart, kPart, kPanels * kTile, Parts},
+                                steps,
+                                reinterpret_cast<char*>(to),
+                                kBlock * 4,
+                                kLine,
+                                k > 0};
+        if (column > block) {
+          multiply_panels(given, row_tiles, GramPlan::divide_up(BlockPair(work, column).columns, kPanel));
+          continue;
+        }
+        for (int64_t panel = 0; panel < row_tiles; panel += 2) {  // down to the diagonal
+          for (int64_t tile = 0; tile <= panel; tile += 2) multiply_tiles<32, 2>(given, tile, panel);
+        }
       }
     }
   }
   // What the powers of two left of the norms.
-  alignas(64) float rest[kBlock] = {};
-  for (int64_t n = 0; n < columns; ++n) {
-    const double r = inverse[column * kBlock + n];
-    rest[n] = float(r / power_near(r));
-  }
-  for (int64_t row = begin; row < end; ++row) {
-    const float own = float(inverse[row] / power_near(inverse[row]));
-    float* to = result + (row - begin) * kBlock;
-    for (int64_t n = 0; n < kBlock; n += W) store<W>(to + n, load<W>(to + n) * (load<W>(rest + n) * own));
+  for (int64_t column = first; column < last; ++column) {
+    const BlockPair pair(work, column);
+    alignas(64) float rest[kBlock] = {};
+    for (int64_t n = 0; n < pair.columns; ++n) {
+      const double r = inverse[column * kBlock + n];
+      rest[n] = float(r / power_near(r));
+    }
+    for (int64_t row = pair.begin; row < pair.end; ++row) {
+      const float own = float(inverse[row] / power_near(inverse[row]));
+      float* to = result + (row - pair.begin) * kBlock;
+      for (int64_t n = 0; n < kBlock; n += W) store<W>(to + n, load<W>(to + n) * (load<W>(rest + n) * own));
+    }
+    result += pair.size();
   }
 }
 
@@ -223,11 +234,11 @@ DINOV3_EXT_AMX void gradient_of(const Work& work, int64_t image, int64_t first, 
 
 }  // namespace
 
-void similarities_amx(const Work& work, bool teacher, int64_t image, int64_t column, float* result) {
+void similarities_amx(const Work& work, bool teacher, int64_t image, int64_t first, int64_t last, float* result) {
   switch ((teacher ? work.args.teacher : work.args.student).element) {
-    case Element::bfloat16: return similarities_of<1>(work, teacher, image, column, result);
-    case Element::float16: return similarities_of<2>(work, teacher, image, column, result);
-    case Element::float32: return similarities_of<3>(work, teacher, image, column, result);
+    case Element::bfloat16: return similarities_of<1>(work, teacher, image, first, last, result);
+    case Element::float16: return similarities_of<2>(work, teacher, image, first, last, result);
+    case Element::float32: return similarities_of<3>(work, teacher, image, first, last, result);
   }
 }
 

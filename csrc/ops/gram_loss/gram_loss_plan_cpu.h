@@ -18,11 +18,12 @@ inline constexpr int64_t kGramBlock = 96;  // patches; a multiple of the rows an
 
 struct GramPlan {
   int64_t images, patches, width;
-  int64_t blocks;        // of patches
-  int64_t strip_blocks;  // rows of blocks in a strip
-  int64_t chunk;         // images at a time
-  bool gradient;         // wanted
-  bool low_halves;       // a 16-bit gradient that several strips add to
+  int64_t blocks;           // of patches
+  int64_t strip_blocks;     // rows of blocks in a strip
+  int64_t chunk;            // images at a time
+  int64_t columns_at_once;  // columns of blocks in a task of similarities
+  bool gradient;            // wanted
+  bool low_halves;          // a 16-bit gradient that several strips add to
 
   // Byte offsets into the workspace, for one image of the chunk each but for `losses`.
   int64_t norms, along, along_parts, differences, lows, losses, total;
@@ -52,6 +53,9 @@ struct GramPlan {
     while (strip_blocks > 1 && (strip_blocks > 4 || (gradient && 4 * offset(0, strip_blocks) > budget))) --strip_blocks;
     const int64_t one = gradient ? 4 * offset(0, strip_blocks) : 1;
     chunk = strips() > 1 ? 1 : std::clamp<int64_t>(budget / one, 1, std::min<int64_t>(images, 64));
+    if (chunk > 1 && chunk % 2) chunk = std::min(chunk + 1, images);  // an even number for two threads
+    // Some 90,000 numbers a thread more than one column alone: where a 64th of what PyTorch holds is as much.
+    columns_at_once = held / 64 >= 360'000 ? 3 : 1;
     low_halves = gradient && strips() > 1 && gram_grad_element(args.student.element) == Element::bfloat16;
 
     int64_t next = 0;
