@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 
@@ -212,32 +213,42 @@ class Results:
         self.plot(out / "plot.png")
 
     def plot(self, path: Path) -> None:
-        """The first score: every run a dot, every arm a mean with its interval."""
+        """The first score: every arm a mean with its interval and its runs; beside it the difference to the first arm,
+        which is paired and so surer than the two intervals look."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
         from matplotlib.figure import Figure
 
         name, arms = self.names[0], [arm for arm in self.arms if self.seeds(arm)]
-        figure = Figure(figsize=(7.2, 1.5 + 0.55 * len(arms)), layout="constrained")
-        axes = figure.add_subplot()
+        rows = {row["arm"]: row for row in self.summary() if row["score"] == name}
+        figure = Figure(figsize=(9.6, 1.7 + 0.5 * len(arms)), layout="constrained")
+        figure.suptitle("\n".join(wrap(self.question, 100)), x=0.01, ha="left", fontsize=11)
+        values, differences = figure.subplots(1, 2, sharey=True)
         for place, arm in enumerate(arms):
-            scores = self.scores(arm, name)
-            whole = interval(scores)
-            if whole.low is not None:
-                axes.plot(
-                    [whole.low, whole.high], [place, place], color="#0b62b0", linewidth=2.5, solid_capstyle="butt"
-                )
-            axes.plot(whole.mean, place, "o", color="#0b62b0", markersize=9, zorder=3)
-            axes.plot([score.value for score in scores], [place] * len(scores), "|", color="#c2500a", markersize=14)
-        axes.set_yticks(range(len(arms)), arms)
-        axes.set_ylim(len(arms) - 0.5, -0.5)
-        axes.set_xlabel(f"{name} (dot: mean, bar: 95 % interval, ticks: runs)")
-        axes.set_title(self.question, loc="left", fontsize=11)
-        axes.grid(axis="x", color="#dcdee3")
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.tick_params(axis="y", length=0)
+            _bar(values, place, [rows[arm][key] for key in BOUNDS])
+            runs = [score.value for score in self.scores(arm, name)]
+            values.plot(runs, [place] * len(runs), "|", color="#c2500a", markersize=14)
+            if "difference" in rows[arm]:
+                _bar(differences, place, [rows[arm][key] for key in APART])
+        differences.axvline(0.0, color="#3b4048", linewidth=1)
+        values.set_yticks(range(len(arms)), arms)
+        values.set_ylim(len(arms) - 0.5, -0.5)
+        values.set_xlabel(f"{name} (dot: mean, bar: 95 %, ticks: runs)")
+        differences.set_xlabel(f"minus {self.arms[0]} (paired, bar: 95 %)")
+        for axes in (values, differences):
+            axes.grid(axis="x", color="#dcdee3")
+            axes.locator_params(axis="x", nbins=5)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.tick_params(axis="y", length=0)
         FigureCanvasAgg(figure)
         figure.savefig(path, dpi=150)
+
+
+def _bar(axes, place: int, bounds: Sequence[float | None]) -> None:
+    """A mean as a dot and, where there are any, its ends as a bar."""
+    mean, low, high = bounds
+    if low is not None:
+        axes.plot([low, high], [place, place], color="#0b62b0", linewidth=2.5, solid_capstyle="butt")
+    axes.plot(mean, place, "o", color="#0b62b0", markersize=9, zorder=3)
 
 
 def _cell(mean: float, low: float | None, high: float | None, sign: str = "") -> str:
