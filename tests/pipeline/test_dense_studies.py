@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def study(dinov3, recipe_file, image_folder, masked, tmp_path):
 def test_gram_teacher(study, tmp_path):
     status, text, error = study("gram-teacher", "teachers=2,6", "resolutions=1,2", "weights=1.5")
     assert status == 0, error
-    arms = ["none", *(f"step{step}-x{factor}-w1.5" for step in (2, 6) for factor in (1, 2))]
+    arms = ["none", "start", *(f"step{step}-x{factor}-w1.5" for step in (2, 6) for factor in (1, 2))]
     for arm in arms:
         assert f"| {arm} | 1 |" in text
     scores = json.loads((tmp_path / "study" / "scores" / "step2-x2-w1.5-seed0.json").read_text())
@@ -47,9 +48,11 @@ def test_gram_teacher(study, tmp_path):
     assert len(scores["locality"]["items"]) == 10
     configs = [run_config(tmp_path / "study" / "runs" / f"{arm}-seed0") for arm in arms]
     assert configs[0].gram.weight == 0
-    assert configs[2].gram.teacher.endswith("step_00000002.safetensors")
-    assert (configs[2].crops.gram_size, configs[1].crops.gram_size) == (64, 32)
-    assert len({config.start.run for config in configs}) == 1  # all go on from one pretraining
+    assert configs[3].gram.teacher.endswith("step_00000002.safetensors")
+    assert (configs[3].crops.gram_size, configs[2].crops.gram_size) == (64, 32)
+    beginnings = {config.start.run for config in configs} - {None}
+    assert len(beginnings) == 1  # all go on from one pretraining
+    assert Path(beginnings.pop()).parent.parent == (tmp_path / "study" / "runs" / "start-seed0").resolve()
     status, again, error = study("gram-teacher", "teachers=2,6", "resolutions=1,2", "weights=1.5")
     assert status == 0, error
     assert "from scratch" not in again  # nothing is trained twice
@@ -71,7 +74,7 @@ def test_the_weights_a_pretraining_began_with_are_a_teacher(study, tmp_path):
 def test_dense_regularizers(study, tmp_path):
     status, text, error = study("dense-regularizers")
     assert status == 0, error
-    arms = ("none", "gram", "koleo-patches", "ibot", "dense-head", "features")
+    arms = ("none", "start", "gram", "koleo-patches", "ibot", "dense-head", "features")
     losses = {}
     for arm in arms:
         assert f"| {arm} | 1 |" in text

@@ -7,6 +7,7 @@ are about; every arm trains the same number of steps on the same images.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from ..train.run_folder import RunFolder
 from ..weights import resolve
 from ..words import Option
 from .results import Score, grouped_score, ratio_score
+from .runner import Arm
 
 PANEL = 32  # images of which the coherence of similarities is measured
 
@@ -103,6 +105,26 @@ def continued(base: Config, run: Path, more: int, changes: dict[str, object]) ->
     return replaced(staged, values | changes)
 
 
+def start(base: Config, bases: Path) -> Arm:
+    """The arm that ends where the others begin: its run is the seed's pretraining."""
+
+    def train(seed: int, folder: Path, minutes: float | None, console: Console) -> bool:
+        if not pretrained(base, bases, seed, minutes, console):
+            return False
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.symlink_to(os.path.relpath(bases / f"seed{seed}", folder.parent), target_is_directory=True)
+        return True
+
+    return Arm("start", "where all arms begin", train)
+
+
+def pretrained(base: Config, bases: Path, seed: int, minutes: float | None, console: Console) -> bool:
+    """Pretrain in bases/seedN, or go on there; whether it is finished."""
+    config = replaced(base, {"run.seed": seed, "run.minutes": minutes})
+    return pretrain(config, bases / f"seed{seed}", console=console).reason == "steps"
+
+
 def trainer(
     base: Config, bases: Path, changes: Callable[[Path], dict[str, object]], more: int
 ) -> Callable[[int, Path, float | None, Console], bool]:
@@ -117,10 +139,10 @@ def trainer(
 
     def train(seed: int, folder: Path, minutes: float | None, console: Console) -> bool:
         began = time.monotonic()
-        own, run = replaced(base, {"run.seed": seed}), bases / f"seed{seed}"
-        if pretrain(replaced(own, {"run.minutes": minutes}), run, console=console).reason != "steps":
+        if not pretrained(base, bases, seed, minutes, console):
             return False
         left = None if minutes is None else max(minutes - (time.monotonic() - began) / 60.0, 0.01)
+        own, run = replaced(base, {"run.seed": seed}), bases / f"seed{seed}"
         config = replaced(continued(own, run, more, changes(run)), {"run.minutes": left})
         return pretrain(config, folder, console=console).reason == "steps"
 

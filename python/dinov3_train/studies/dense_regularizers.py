@@ -78,6 +78,7 @@ def run(
 
     arms = [
         Arm("none", "goes on as it was", train(lambda _: {})),
+        anchoring.start(base, out / "pretraining"),
         Arm("gram", f"Gram anchoring to step {step}, weight {asked.gram:g}", train(early({"gram.weight": asked.gram}))),
         Arm(
             "koleo-patches",

@@ -1,7 +1,8 @@
 """`dinov3 study gram-teacher`: which earlier checkpoint, at which resolution and weight, should anchor the patches?
 
 One pretraining per seed; from its end every arm trains on with the Gram term of another teacher, resolution and weight,
-the first arm without one. Source: arXiv 2508.10104, section 4.2 (teacher iteration x resolution).
+the first arm without one; where they begin is judged too. Source: arXiv 2508.10104, section 4.2 (teacher iteration x
+resolution).
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def run(
         )
     base = anchoring.pretraining(asked, history_every=anchoring.cadence(teachers, asked.steps))
     arms = [Arm("none", "goes on without a Gram term", _trainer(asked, base, out, lambda _: {}))]
+    arms.append(anchoring.start(base, out / "pretraining"))
     for step in teachers:
         for factor in asked.resolutions:
             side = round(factor * base.crops.global_size)
