@@ -58,7 +58,9 @@ def health(
     for sign in found:
         console.print(f"warning: {sign.text}", highlight=False, soft_wrap=True)
     if not found:
-        console.print("no sign of degradation", highlight=False)
+        alone = not history and step != 0 and (Path(backbone) / "config.yaml").is_file()
+        more = " in this checkpoint alone; history=true compares it with the run's earlier ones" if alone else ""
+        console.print(f"no sign of degradation{more}", highlight=False)
     if out is not None:
         _write(out, backbone, panel, rows, distances, found)
         console.print(f"wrote {out}", highlight=False, soft_wrap=True)

@@ -110,13 +110,14 @@ def _error(one: Score, other: Score) -> float:
 
 
 def table(scores: Sequence[Score], untrained: Score, measure: str, chosen: int) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows, the untrained start first; the chosen step carries an arrow."""
+    """Headings and rows, the start first, also where it is one of the checkpoints; the chosen step carries an arrow."""
     names = list(untrained.shown)
     rows = []
-    for score in [untrained, *sorted(scores, key=lambda score: score.step)]:
+    ordered = sorted(scores, key=lambda score: score.step)
+    for score in ordered if ordered[0].step == 0 else [untrained, *ordered]:
         error = "" if len(score.quality) < 2 else f" \u00b1 {score.quality.std(ddof=1) / len(score.quality) ** 0.5:.4f}"
         mark = " \u2190" if score.step == chosen else ""
-        label = "0, the start" if score is untrained else str(score.step)
+        label = "0, the start" if score.step == 0 else str(score.step)
         rows.append([label, f"{score.mean:.4f}{error}{mark}", *(f"{score.shown[name]:.3f}" for name in names)])
     return ["step", measure, *names], rows
 
@@ -136,7 +137,8 @@ def plot(scores: Sequence[Score], untrained: Score, measure: str, choice: Choice
     axes.axhline(untrained.mean, color="#626873", linestyle="--", label=f"the start, {untrained.mean:.4f}")
     at = next(score for score in ordered if score.path == choice.path)
     axes.plot(at.step, at.mean, "o", markersize=15, fillstyle="none", markeredgewidth=2.5, color="#c2500a")
-    above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "color": "#c2500a", "weight": "bold"}
+    side = {steps[0]: "left", steps[-1]: "right"}.get(at.step, "center")  # stays inside the axes
+    above = {"xytext": (0, 12), "textcoords": "offset points", "ha": side, "color": "#c2500a", "weight": "bold"}
     axes.annotate(f"Gram teacher, step {at.step}", (at.step, at.mean + _error(at, untrained)), **above)
     axes.margins(y=0.2)
     axes.set(xlabel="step of the pretraining", ylabel=measure, title="Dense quality of the kept checkpoints")
