@@ -246,7 +246,11 @@ __global__ void faulty_kernel(FaultyArgs args) {
     }
     case 30: value = args.read_only[thread]; break;  // a plain pointer to global memory
     case 31: args.writable[block * 64 + thread] = 1.f; break;
-    case 32: value = *static_cast<volatile const float*>(nullptr); break;
+    case 32: {  // an address that nobody has; not null, which UndefinedBehaviorSanitizer ends before the emulator does
+      volatile uintptr_t nowhere = 16;
+      value = *reinterpret_cast<volatile const float*>(nowhere);
+      break;
+    }
     case 33: value = deep(thread); break;  // a stack overflow
     default: break;
   }
