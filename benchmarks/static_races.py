@@ -63,23 +63,39 @@ def parameter_offsets(sources: list[Path]) -> dict[tuple[str, int], int]:
     }
 
 
-def reads(ptx: str) -> Iterator[tuple[str, int, str, int]]:
-    """(parameter, offset, kind, bytes) of everything the entry reads of its parameters."""
-    bases = {}  # register -> (parameter, offset)
-    for register, base, offset in re.findall(r"(?:mov|add)\.[bsu]64\s+(%\w+), ([\w%]+)(?:, (\d+))?;", ptx):
+def reads(ptx: str, sizes: dict[str, int]) -> Iterator[tuple[str, int, str, int]]:
+    """(parameter, offset, kind, bytes) of everything the entry reads of its parameters. sizes: of the parameters; where
+    the address is computed at run time, every place of that parameter counts as read."""
+    bases = {}  # register -> (parameter, offset); offset None: computed
+    for register, base, offset in re.findall(r"(?:mov|add)\.[bsu]64\s+(%\w+), ([\w%]+)(?:, ([\w%]+))?;", ptx):
         if "_param_" in base or base in bases:
             parameter, first = bases.get(base, (base, 0))
-            bases[register] = parameter, first + int(offset or 0)
+            known = first is not None and (offset or "0").isdecimal()
+            bases[register] = parameter, first + int(offset or 0) if known else None
     for count, kind, bits, base, offset in sorted(set(LOAD.findall(ptx))):
         parameter, first = bases.get(base, (base, 0))
+        size = int(bits) // 8
+        if first is None:
+            yield from ((parameter, place, kind, size) for place in range(0, sizes[parameter] - size + 1, size))
+            continue
         for index in range(int(count or 1)):
-            yield parameter, first + int(offset or 0) + index * int(bits) // 8, kind, int(bits) // 8
+            yield parameter, first + int(offset or 0) + index * size, kind, size
+
+
+def parameter_sizes(ptx: str) -> dict[str, int]:
+    """parameter -> its bytes."""
+    found = re.findall(r"\.param (?:\.align \d+ )?\.[bfsu](\d+) (\w+_param_\d+)(?:\[(\d+)\])?", ptx)
+    return {name: int(bits) // 8 * int(count or 1) for bits, name, count in found}
 
 
 def verifier_input(launch: launches.Launch, ptx: str, offsets: dict[tuple[str, int], int]) -> dict:
     """The verifier's description of a launch: numbers as values, each tensor as an object of its own."""
     arguments, declarations = [], []
-    for parameter, offset, kind, size in sorted(set(reads(ptx))):
+    taken: set[tuple[str, int]] = set()
+    for parameter, offset, kind, size in sorted(set(reads(ptx, parameter_sizes(ptx))), key=lambda one: (-one[3], one)):
+        if taken & {(parameter, offset + byte) for byte in range(size)}:
+            continue  # read as parts of a larger number, too
+        taken |= {(parameter, offset + byte) for byte in range(size)}
         ordinal = int(parameter.rsplit("_", 1)[1])
         first = offsets[launch.symbol, ordinal] + offset
         data = launch.arguments[first : first + size]
