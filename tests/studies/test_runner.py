@@ -158,6 +158,9 @@ def test_intervals_of_ratios_are_those_of_a_loop_over_resampled_images():
 def test_a_number_alone_has_no_interval(tmp_path):
     assert interval([Score(0.5)]).low is None
     assert difference([Score(0.5)], [Score(0.4)]).low is None
+    one, fewer = grouped_score([1, 0, 1], [0, 0, 1]), grouped_score([1, 0], [0, 1])  # of other items: not paired
+    assert difference([one], [fewer]).low is None
+    assert difference([one], [ratio_score(np.ones((3, 2)), np.full((3, 2), 2))]).low is None
     study = Study("s", "q", [Trainer({"a": 0.5}).arm("a")], lambda folder, seed: {"x": Score(0.5)})
     results = run_study(study, tmp_path / "s", seeds=(0,), console=quiet()[0])
     assert "| a | 1 | 0.5000 |  |" in results.table()

@@ -78,7 +78,11 @@ class Interval:
 def interval(scores: Sequence[Score]) -> Interval:
     """Of runs that differ in the seed: over seeds from three on; of fewer, over the items they were judged on."""
     values = [score.value for score in scores]
-    return _over_seeds(values) if len(scores) >= FEWEST_SEEDS else _over_items(values, _resampled(scores))
+    return (
+        _over_seeds(values)
+        if len(scores) >= FEWEST_SEEDS
+        else _over_items(values, _resampled(scores) if _alike(scores) else None)
+    )
 
 
 def difference(scores: Sequence[Score], others: Sequence[Score]) -> Interval:
@@ -88,8 +92,8 @@ def difference(scores: Sequence[Score], others: Sequence[Score]) -> Interval:
     values = [one.value - other.value for one, other in zip(scores, others)]
     if len(scores) >= FEWEST_SEEDS:
         return _over_seeds(values)
-    ours, theirs = _resampled(scores), _resampled(others)  # of the same draws
-    return _over_items(values, None if ours is None or theirs is None else ours - theirs)
+    alike = _alike([*scores, *others])
+    return _over_items(values, _resampled(scores) - _resampled(others) if alike else None)  # of the same draws
 
 
 def _over_seeds(values: Sequence[float]) -> Interval:
@@ -109,19 +113,25 @@ def _over_items(values: Sequence[float], resampled: np.ndarray | None) -> Interv
     return Interval(float(np.mean(values)), float(low), float(high), "items")
 
 
-def _resampled(scores: Sequence[Score]) -> np.ndarray | None:
-    """(RESAMPLES,) means over the runs, items drawn again: within each group, or where all groups share them, at once.
+def _alike(scores: Sequence[Score]) -> bool:
+    """Whether they are of the same items; false for numbers alone."""
+    first = scores[0]
+    judged = bool(first.items or first.wholes)
+    return judged and all(
+        score.groups == first.groups and np.shape(score.wholes) == np.shape(first.wholes) for score in scores
+    )
 
-    The draws depend on the numbers of items alone, so that runs can be compared draw by draw. None for numbers alone,
-    and for runs that were judged on different items.
+
+def _resampled(scores: Sequence[Score]) -> np.ndarray:
+    """(RESAMPLES,) means over runs of the same items, drawn again: within each group, or for all groups at once.
+
+    The draws depend on the items' numbers alone, so that runs can be compared draw by draw.
     """
     generator, first = np.random.default_rng(0), scores[0]
-    if first.wholes and all(len(score.wholes) == len(first.wholes) for score in scores):
+    if first.wholes:
         count = len(first.wholes)
         drawn = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
         return np.mean([_mean_ratio(drawn @ score.parts, drawn @ score.wholes) for score in scores], axis=0)
-    if not first.items or any(score.groups != first.groups for score in scores):
-        return None
     items, groups, means = np.mean([score.items for score in scores], axis=0), np.asarray(first.groups), []
     for group in np.unique(groups):
         mine = items[groups == group]
