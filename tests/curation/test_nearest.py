@@ -1,10 +1,13 @@
 """The nearest centroid is that of exact arithmetic, near ties and ties included, whatever rounds the products."""
 
+import threading
+import time
+
 import pytest
 import torch
 
 from dinov3_train.curation import nearest
-from dinov3_train.curation.nearest import Nearest, bf16_products, bf16_products_are_rounded
+from dinov3_train.curation.nearest import Nearest, bf16_products, bf16_products_are_rounded, fp32_products
 
 
 def distances(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
@@ -84,4 +87,28 @@ def test_the_precision_of_products_is_given_back():
         raise RuntimeError("inside")
     assert torch.get_float32_matmul_precision() == before
     bf16_products_are_rounded("cpu")
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_threads_take_turns_at_the_precision():
+    """It is the process's own: without turns, what one thread gives back is what the other had set."""
+    before, inside, said = torch.get_float32_matmul_precision(), threading.Event(), []
+
+    def rounded():
+        with bf16_products():
+            inside.set()
+            time.sleep(0.1)
+            said.append(torch.get_float32_matmul_precision())
+
+    def exact():
+        inside.wait()
+        with fp32_products():
+            said.append(torch.get_float32_matmul_precision())
+
+    threads = [threading.Thread(target=work) for work in (rounded, exact)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert said == ["medium", "highest"]
     assert torch.get_float32_matmul_precision() == before

@@ -14,6 +14,7 @@ from ..data.decode import UnreadableImage, decode
 from ..evaluation.view import View
 from .embed import EmbedSettings, Pool, features
 from .kmeans import draw_rows
+from .nearest import fp32_products
 
 IMAGES = 200  # re-encoded
 QUALITY = 50  # of JPEG
@@ -48,7 +49,8 @@ def calibrate(backbone: nn.Module, images: Pool, view: View, *, settings: EmbedS
     )
     kept = (first * second).sum(dim=1).numpy()
     threshold = min(HIGHEST, float(np.quantile(kept, 1.0 - FOUND)))
-    among = first @ first.T
+    with fp32_products():
+        among = first @ first.T
     among.fill_diagonal_(-1.0)
     others = float((among.amax(dim=1) >= threshold).float().mean())
     return Calibrated(threshold, others, len(pictures))

@@ -15,7 +15,7 @@ from dinov3_ext import ALONE, Collectives
 
 from .. import counter
 from .embeddings import Embeddings
-from .nearest import Nearest
+from .nearest import Nearest, fp32_products
 
 ROWS = {"cpu": 2048, "cuda": 65536}  # rows of a block: on a CPU all that is made of one stays in the cache
 FLUSH = 64  # blocks whose sums are fp32 before they are added up in fp64
@@ -153,7 +153,10 @@ def _plus_plus(sample: Tensor, clusters: int, seed: int, stream: str) -> Tensor:
         new = times.topk(want, largest=False).indices
         chosen[new] = True
         picks.append(new)
-        found = torch.addmm(sample[new].square().sum(dim=1), sample, sample[new].T, alpha=-2.0).amin(dim=1) + squares
+        with fp32_products():
+            found = (
+                torch.addmm(sample[new].square().sum(dim=1), sample, sample[new].T, alpha=-2.0).amin(dim=1) + squares
+            )
         found[found <= 1e-6 * squares] = 0.0  # rounding, not distance
         distances = torch.minimum(distances, found)
     return sample[torch.cat(picks)]

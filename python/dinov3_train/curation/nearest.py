@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 
 import torch
@@ -13,6 +14,7 @@ COLUMNS = 16384  # centroids of a tile
 ENTRIES = 1 << 21  # scores of a tile: 8 MiB, which stay in the cache between the product and its maximum
 FEW = 512  # centroids below which finding the runner-up costs more than bf16 products gain
 FP32_SLACK = 2.0**-20  # of |x| |c|: what sums in fp32 lose (measured 3e-7 of the norms at width 384), twice over
+_TURN = threading.RLock()  # for the precision of products
 
 
 class Nearest:
@@ -52,7 +54,8 @@ class Nearest:
     def _tile(self, points: Tensor) -> Tensor:
         points_and_ones = torch.nn.functional.pad(points, (0, 2), value=1.0)  # (n, D + 2)
         if not self._coarse:
-            return self._best(points_and_ones)[0]
+            with fp32_products():
+                return self._best(points_and_ones)[0]
         with bf16_products():
             labels, lead = self._best(points_and_ones, runner_up=True)
         rounded = points.bfloat16().float()
@@ -60,7 +63,8 @@ class Nearest:
         limit = errors.mul_(self._norm).add_(norms, alpha=self._rounding).add_(self._constant)  # (n,)
         unsure = (lead <= 2.0 * limit).nonzero().flatten()
         if len(unsure):
-            labels[unsure] = self._best(points_and_ones[unsure])[0]
+            with fp32_products():
+                labels[unsure] = self._best(points_and_ones[unsure])[0]
         return labels
 
     def _best(self, points: Tensor, *, runner_up: bool = False) -> tuple[Tensor, Tensor]:
@@ -96,21 +100,33 @@ def argmax(scores: Tensor) -> Tensor:
     return scores.max(dim=1).indices
 
 
-@contextmanager
-def bf16_products() -> Iterator[None]:
+def bf16_products() -> AbstractContextManager:
     """Matrix products of fp32 tensors may round their factors to bf16; sums and results stay fp32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return _products("medium")
+
+
+def fp32_products() -> AbstractContextManager:
+    """Matrix products of fp32 tensors are those of fp32, whatever the process allows otherwise."""
+    return _products("highest")
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    """The precision is the process's own, so threads take turns: else one gives back what another has set."""
+    with _TURN:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 @lru_cache
 def bf16_products_are_rounded(device: str) -> bool:
     """Whether `bf16_products` changes anything here, as it does where the hardware has a faster path for them."""
     factor = torch.full((256, 256), 1.0 + 2.0**-12, device=device)
-    exact = factor @ factor
+    with fp32_products():
+        exact = factor @ factor
     with bf16_products():
         return not torch.equal(factor @ factor, exact)

@@ -14,6 +14,7 @@ from .. import counter
 from .cluster import Hierarchy
 from .files import read_arrays, write_arrays
 from .kmeans import InMemory, Points, Where, assign, blocks, draw_rows
+from .nearest import fp32_products
 
 METHODS = ("nearest", "clusters")
 SEEDS = 65536  # seed images that share one pass over the pool
@@ -127,7 +128,8 @@ def _nearest(pool: Points, seeds: Tensor, neighbours: int, where: Where) -> tupl
         numbers = torch.arange(first, first + len(block), device=where.device)
         for start in range(0, len(seeds), TILE):
             tile = slice(start, start + TILE)
-            scores = seeds[tile] @ block.T  # (s, n)
+            with fp32_products():
+                scores = seeds[tile] @ block.T  # (s, n)
             better = (scores.amax(dim=1) > best[tile, -1]).nonzero().flatten()
             if not len(better):
                 continue
@@ -172,7 +174,9 @@ def _from_clusters(
         if len(rows) > settings.per_cluster:
             rows = rows[draw_rows(settings.seed, f"retrieve/{cluster}", settings.per_cluster, len(rows))]
         inside = np.flatnonzero(labels == cluster)
-        scores = _take(pool, rows, where) @ _take(found, inside, where).T
+        mine, others = _take(pool, rows, where), _take(found, inside, where)
+        with fp32_products():
+            scores = mine @ others.T
         similar, place = scores.max(dim=1)
         parts.append((rows, inside[place.cpu().numpy()], similar.cpu().numpy()))
     rows, seed, similar = (np.concatenate(part) for part in zip(*parts)) if parts else (np.empty(0, np.int64),) * 3
