@@ -118,6 +118,11 @@ def report(case, small, factor: float, counts: list[Count]) -> str:
             f"{n['bank_conflicts']:10d}"
         )
     moved, flops = factor * sum(c.sectors for c in counts), factor * sum(c.flops for c in counts)
+    if case.flops and not flops:
+        lines.append(
+            f"  ours moves {moved / 1e6:.1f} MB here; the products are PyTorch's at this shape and not counted"
+        )
+        return "\n".join(lines)
     least = f", {moved / case.moved:.3f} of the least possible {case.moved / 1e6:.1f}" if case.moved else ""
     lines.append(f"  ours moves {moved / 1e6:.1f} MB{least}")
     if case.flops:
