@@ -78,11 +78,9 @@ class Interval:
 def interval(scores: Sequence[Score]) -> Interval:
     """Of runs that differ in the seed: over seeds from three on; of fewer, over the items they were judged on."""
     values = [score.value for score in scores]
-    return (
-        _over_seeds(values)
-        if len(scores) >= FEWEST_SEEDS
-        else _over_items(values, _resampled(scores) if _alike(scores) else None)
-    )
+    if len(scores) >= FEWEST_SEEDS:
+        return _over_seeds(values)
+    return _over_items(values, _resampled(scores) if _alike(scores) else None)
 
 
 def difference(scores: Sequence[Score], others: Sequence[Score]) -> Interval:
