@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -105,9 +106,22 @@ def score_run(
     def score(step: int, path: str, backbone: nn.Module) -> Score:
         return _score(step, path, backbone.to(here.device), pairs)
 
-    untrained = score(0, f"{run}, untrained", found.backbone)
+    return _scored(score, found, run, kept, named=named, measure=MEASURE)
+
+
+def _scored(
+    score: Callable[[int, str, nn.Module], Score],
+    found: Resolved,
+    run: Path,
+    kept: dict[int, str],
+    *,
+    named: str | None,
+    measure: str,
+) -> tuple[Choice, list[Score], Score, str]:
+    """What `score_run` returns; a start that was kept is looked at once."""
     scores = [score(step, path, resolve(path).backbone) for step, path in sorted(kept.items())]
-    return choose(scores, untrained, named=named), scores, untrained, MEASURE
+    untrained = scores[0] if 0 in kept else score(0, f"{run}, untrained", found.backbone)
+    return choose(scores, untrained, named=named), scores, untrained, measure
 
 
 def _score_labelled(
@@ -121,9 +135,7 @@ def _score_labelled(
         result = evaluate_segment(backbone.to(here.device), *halves, seen_as)
         return Score(step=step, path=path, quality=np.array([result.miou]))
 
-    untrained = score(0, f"{run}, untrained", found.backbone)
-    scores = [score(step, path, resolve(path).backbone) for step, path in sorted(kept.items())]
-    return choose(scores, untrained, named=named), scores, untrained, f"mIoU on {Path(labelled).name}"
+    return _scored(score, found, run, kept, named=named, measure=f"mIoU on {Path(labelled).name}")
 
 
 class _EveryOther(Source):
