@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
-from .curation.chain import Chain, Site, embed_progress, run_chain, said_of
+from .curation.chain import Chain, Site, run_chain, said_of
 from .curation.cluster import ClusterSettings, Hierarchy, write_summary
 from .curation.cluster import cluster as cluster_points
 from .curation.curated import read_curated
@@ -38,7 +37,7 @@ DEFAULT_BACKBONE = "timm:vit_small_patch16_dinov3.lvd1689m"
 @contextmanager
 def _site() -> Iterator[Site]:
     with ranks() as here:
-        yield Site(Console(), here.device, here.collectives)
+        yield Site(here.device, here.collectives)
 
 
 def embed(*, backbone: str, step: int | None, data: str, out: Path, size: int | None, **settings) -> None:
@@ -49,11 +48,10 @@ def embed(*, backbone: str, step: int | None, data: str, out: Path, size: int | 
         with site.stage("embed") as told:
             lost = embed_images(
                 model, images, view, out, settings=_embed_settings(settings),
-                rank=site.collectives.rank, world_size=site.collectives.world_size, progress=embed_progress(told),
+                where=site.where(told), say=told.say,
             )  # fmt: skip
             for entry in lost:
                 told.say(f"unreadable image left out: {entry}")
-            site.meet()
             found = Embeddings(out)
             told.say(f"{len(found)} x {found.dim} in {out}, {view.size} px, {settings['pooling']}")
 
@@ -96,7 +94,7 @@ def sample(
     *, data: str, target: int, clusters: Path | None, keep: Path | None, method: str, seed: int, out: Path
 ) -> None:
     """Write the manifest of a sample of the embeddings `data`."""
-    site = Site(Console())
+    site = Site()
     points = _kept(data, keep, site)
     hierarchy = None if clusters is None else _hierarchy(clusters, len(points))
     if hierarchy is None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from dinov3_train.curation.embed import EmbedSettings, Pool, embed, open_pool
 from dinov3_train.curation.embeddings import Embeddings, index_file, shard_file
+from dinov3_train.curation.kmeans import Where
 from dinov3_train.data.manifest import content_hash
 from dinov3_train.data.sources import open_source
 from dinov3_train.evaluation.view import View
@@ -49,9 +50,9 @@ def folders(tmp_path):
     return tmp_path
 
 
-def run(folders, out, backbone=None, settings=SETTINGS, **places):
+def run(folders, out, backbone=None, settings=SETTINGS, where=None, say=print):
     images = open_pool([str(folders / "a"), str(folders / "b")], open_source)
-    return embed(backbone or Colours(), images, VIEW, out, settings=settings, **places)
+    return embed(backbone or Colours(), images, VIEW, out, settings=settings, where=where or Where(), say=say)
 
 
 def test_rows_are_unit_features_with_their_images(folders, tmp_path):
@@ -83,13 +84,12 @@ def test_a_restart_makes_only_what_is_missing_or_damaged(folders, tmp_path):
     run(folders, tmp_path / "out")
     index_file(tmp_path / "out", 1).unlink()  # killed between the two files
     shard_file(tmp_path / "out", 2).write_bytes(b"half a file")
-    backbone, said = Colours(), []
-    lost = run(folders, tmp_path / "out", backbone, progress=lambda done, total, text: said.append((done, total, text)))
+    backbone, said, seen = Colours(), [], []
+    where = Where(progress=lambda *each: seen.append(each))
+    lost = run(folders, tmp_path / "out", backbone, where=where, say=said.append)
     assert backbone.calls == 3 + 2
-    assert [text for _, _, text in said if text] == [
-        f"{name} is unfinished or damaged: made again" for name in ("shard_000001.npy", "shard_000002.npy")
-    ]
-    assert said[-1][:2] == (20, 20)
+    assert said == [f"{name} is unfinished or damaged: made again" for name in ("shard_000001.npy", "shard_000002.npy")]
+    assert seen[-1] == (20, 20)
     assert len(lost) == 1  # that of the shard which was kept, too
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
     backbone = Colours()
@@ -97,11 +97,12 @@ def test_a_restart_makes_only_what_is_missing_or_damaged(folders, tmp_path):
     assert backbone.calls == 0
 
 
-def test_ranks_make_the_same_shards(folders, tmp_path):
-    run(folders, tmp_path / "one")
-    for rank in (1, 0):
-        run(folders, tmp_path / "two", rank=rank, world_size=2)
+def test_ranks_make_the_same_shards(folders, tmp_path, on_ranks):
+    """And each knows the unreadable images of all."""
+    lost = run(folders, tmp_path / "one")
+    found = on_ranks(2, lambda c: run(folders, tmp_path / "two", where=Where(collectives=c)))
     assert shards(tmp_path / "one") == shards(tmp_path / "two")
+    assert found == [lost, lost]
 
 
 def test_another_backbone_or_view_may_not_go_on(folders, tmp_path):

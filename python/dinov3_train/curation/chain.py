@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 from torch import nn
-
-from dinov3_ext import ALONE, Collectives
 
 from ..data.sources import open_source
 from ..evaluation.view import View
@@ -23,6 +20,7 @@ from .embed import EmbedSettings, embed, open_pool
 from .embeddings import Embeddings
 from .files import claim, read_json, write_json
 from .kmeans import Selected, Where
+from .place import Place
 from .progress import StageProgress
 from .retrieve import Retrieved, RetrieveSettings, retrieve
 from .sample import METHODS, balanced_sample
@@ -68,16 +66,10 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class Site:
-    """Where the chain runs: device, ranks, and the console that is told."""
+class Site(Place):
+    """Where the chain runs, and the console that is told."""
 
-    console: Console
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    collectives: Collectives = ALONE
-
-    @property
-    def first(self) -> bool:
-        return self.collectives.rank == 0
+    console: Console = field(default_factory=Console)
 
     def stage(self, name: str) -> StageProgress:
         """Progress of a stage under its name; silent on all ranks but the first."""
@@ -86,10 +78,6 @@ class Site:
     def where(self, progress: StageProgress) -> Where:
         """For functions of a stage."""
         return Where(self.device, self.collectives, progress.advance)
-
-    def meet(self) -> None:
-        """Wait for the other ranks."""
-        self.collectives.all_reduce(torch.zeros(1, device=self.device), "sum")
 
 
 def run_chain(chain: Chain, backbone: nn.Module, view: View, out: Path, *, site: Site, about: dict) -> Path:
@@ -156,11 +144,10 @@ def embed_all(chain: Chain, backbone: nn.Module, view: View, out: Path, *, site:
         with site.stage(f"embed {name}") as told:
             lost = embed(
                 backbone, images, view, out / "embeddings" / name, settings=chain.embed,
-                rank=site.collectives.rank, world_size=site.collectives.world_size, progress=embed_progress(told),
+                where=site.where(told), say=told.say,
             )  # fmt: skip
             for entry in lost:
                 told.say(f"unreadable image left out: {entry}")
-    site.meet()
     found = {name: Embeddings(out / "embeddings" / name) for name in pools}
     for name, embeddings in found.items():
         embeddings.verify(site.collectives.rank, site.collectives.world_size)
@@ -187,17 +174,6 @@ def threshold_of(chain: Chain, backbone: nn.Module, view: View, out: Path, *, si
             f"{100 * found['others']:.0f} of 100 have another image as similar among {found['images']}"
         )
     return found["threshold"]
-
-
-def embed_progress(told: StageProgress) -> Callable[[int, int, str], None]:
-    """What `embed` calls."""
-
-    def progress(done: int, total: int, remark: str) -> None:
-        told.advance(done, total)
-        if remark:
-            told.say(remark)
-
-    return progress
 
 
 def said_of(duplicates: Duplicates) -> str:

@@ -66,9 +66,9 @@ def cluster(
         raise ValueError(
             f"cluster: {settings.clusters[0]} clusters of {len(points)} points; expected no more clusters than points"
         )
-    if where.collectives.rank == 0:
+    if where.first:
         claim(out, asdict(settings) | (about or {}) | {"points": len(points)}, "cluster")
-    _meet(where)
+    where.meet()
     for level, clusters in enumerate(settings.clusters, start=1):
         if _level_file(out, "labels", level).is_file():
             points = InMemory(torch.from_numpy(read_array(_level_file(out, "centroids", level))))
@@ -146,7 +146,7 @@ class _Level:
             )
         labels = np.searchsorted(kept, labels).astype(np.int32)
         write_arrays(self._part(here.rank), labels=labels, distances=distances)
-        _meet(self.where)
+        self.where.meet()
         if here.rank == 0:
             parts = [read_arrays(self._part(rank)) for rank in range(here.world_size)]
             write_array(_level_file(self.out, "centroids", self.level), centroids[torch.from_numpy(kept)].numpy())
@@ -157,7 +157,7 @@ class _Level:
             for rank in range(here.world_size):
                 self._part(rank).unlink()
             self._state.unlink(missing_ok=True)
-        _meet(self.where)
+        self.where.meet()
         return centroids[torch.from_numpy(kept)]
 
     @property
@@ -168,10 +168,10 @@ class _Level:
         return self.out / f"level_{self.level}_rank_{rank}.npz"
 
     def _keep(self, round_: int, done: int, centroids: Tensor) -> None:
-        if self.where.collectives.rank == 0:
+        if self.where.first:
             place = np.array([self.level, round_, done])
             write_arrays(self._state, place=place, centroids=centroids.numpy())
-        _meet(self.where)
+        self.where.meet()
 
     def _restart(self) -> tuple[int, int, Tensor | None]:
         """(round, iterations done, centroids) of an earlier call, (0, 0, None) at the beginning."""
@@ -231,11 +231,6 @@ class Hierarchy:
 
 def _level_file(out: Path, what: str, level: int) -> Path:
     return out / f"level_{level}_{what}.npy"
-
-
-def _meet(where: Where) -> None:
-    """Wait for the other ranks."""
-    where.collectives.all_reduce(torch.zeros(1, device=where.device), "sum")
 
 
 def write_summary(hierarchy: Hierarchy) -> None:

@@ -115,13 +115,13 @@ def dedup(
         a full disk.
     """
     _check(sets)
-    if where.collectives.rank == 0:
+    if where.first:
         about = [[s.name, s.role, len(s.embeddings), s.embeddings.fingerprint] for s in sets]
         claim(out, asdict(settings) | {"sets": about}, "dedup")
-    _meet(where)
+    where.meet()
     if not (out / "summary.json").is_file():
         _Search(sets, settings, out, where, say).run()
-        _meet(where)
+        where.meet()
     return Duplicates(out)
 
 
@@ -150,19 +150,20 @@ class _Search:
 
     def run(self) -> None:
         groups, done = self._restart()
+        self.where.meet()  # no rank may find what another one writes now: they share what is not done
         if not done:
             self._equal_files(groups)
         # equal files are compared once: a pool of copies of a few images costs what the few cost
         rows = np.unique(self._exact_roots())
         self._near(groups, rows, done)
         self._write_state(groups, done)
-        _meet(self.where)
-        if self.where.collectives.rank == 0:
+        self.where.meet()
+        if self.where.first:
             groups, _ = self._restart()
             self._finish(groups)
             for file in self.out.glob("state_*.npz"):
                 file.unlink()
-        _meet(self.where)
+        self.where.meet()
 
     def _equal_files(self, groups: Groups) -> None:
         roots = self._exact_roots()
@@ -380,8 +381,3 @@ def _rounding(mine: Tensor, others: Tensor) -> float:
     """How far a product of rows rounded to bf16 may be from the exact one (`Nearest` has the formula)."""
     errors = [(rows - rows.bfloat16().float()).norm(dim=1).max() for rows in (mine, others)]
     return float(errors[0] * (1 + 2.0**-8) + errors[1] * (1 + 2.0**-8)) + 4 * FP32_SLACK
-
-
-def _meet(where: Where) -> None:
-    """Wait for the other ranks."""
-    where.collectives.all_reduce(torch.zeros(1, device=where.device), "sum")

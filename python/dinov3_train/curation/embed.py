@@ -22,6 +22,7 @@ from ..evaluation.extract import POOLINGS, PRECISIONS, pool
 from ..evaluation.view import View
 from .embeddings import index_file, shard_facts, shard_file, shard_is_whole, write_shard
 from .files import claim
+from .kmeans import Where
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,20 +78,19 @@ def embed(
     out: Path,
     *,
     settings: EmbedSettings,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+    where: Where,
+    say: Callable[[str], None] = print,
 ) -> list[str]:
     """Write the embeddings of all readable images to the folder `out`; finished shards of an earlier call are kept.
 
     Args:
         backbone: has `.features(images)`, on the device to use.
-        images: of all ranks; this one makes the shards rank, rank + world_size, ...
+        images: of all ranks; rank r of W makes the shards r, r + W, ...
         view: size and normalisation.
         out: new, empty, or of this very call: the same images, backbone and settings.
-        progress: called with (images done, images of this rank, a remark or "").
+        where: ranks, and who is told how many images of this rank are done.
 
-    Returns the unreadable images of this rank, `name: reason`. Rows are unit-length, fp16.
+    Returns the unreadable images of all ranks, `name: reason`. Rows are unit-length, fp16.
     Errors: ValueError for a folder of other settings, features that are not finite, too many unreadable images;
         OSError for a full disk: finished shards stay.
     """
@@ -103,33 +103,41 @@ def embed(
         "view": view.to_dict(),
         **asdict(settings),
     }
-    claim(out, about, "embed")
-    mine = range(rank, shards, world_size)
+    if where.first:
+        claim(out, about, "embed")
+    where.meet()
+    mine = range(where.collectives.rank, shards, where.collectives.world_size)
     total = sum(len(_span(images, settings, number)) for number in mine)
     unreadable, done = [], 0
-    allowed = max(1.0, settings.max_unreadable * len(images)) if settings.max_unreadable > 0 else 0.0
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as threads:
         for number in mine:
             span = _span(images, settings, number)
             if _finished(out, number, images):
                 done += len(span)
-                progress(done, total, "")
+                where.progress(done, total)
             else:
                 if shard_file(out, number).exists():
-                    progress(done, total, f"{shard_file(out, number).name} is unfinished or damaged: made again")
+                    say(f"{shard_file(out, number).name} is unfinished or damaged: made again")
                 _make_shard(
                     backbone, images, view, out, number=number, settings=settings, threads=threads,
-                    advance=lambda count, before=done: progress(before + count, total, ""),
+                    advance=lambda count, before=done: where.progress(before + count, total),
                 )  # fmt: skip
                 done += len(span)
             unreadable += shard_facts(index_file(out, number))["unreadable"]
-            if len(unreadable) > allowed:
-                listed = "; ".join(unreadable[:10]) + ("; ..." if len(unreadable) > 10 else "")
-                raise ValueError(
-                    f"embed: {len(unreadable)} of {len(images)} images are unreadable, more than the allowed share "
-                    f"max_unreadable = {settings.max_unreadable:g}: {listed}"
-                )
+            _allow(unreadable, len(images), settings)
+    where.meet()
+    unreadable = [entry for number in range(shards) for entry in shard_facts(index_file(out, number))["unreadable"]]
+    _allow(unreadable, len(images), settings)
     return unreadable
+
+
+def _allow(unreadable: Sequence[str], count: int, settings: EmbedSettings) -> None:
+    if len(unreadable) > (max(1.0, settings.max_unreadable * count) if settings.max_unreadable > 0 else 0.0):
+        listed = "; ".join(unreadable[:10]) + ("; ..." if len(unreadable) > 10 else "")
+        raise ValueError(
+            f"embed: {len(unreadable)} of {count} images are unreadable, more than the allowed share "
+            f"max_unreadable = {settings.max_unreadable:g}: {listed}"
+        )
 
 
 def weights_digest(backbone: nn.Module) -> str:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dinov3_ext import ALONE, Collectives
-
 from .. import counter
 from .embeddings import Embeddings
 from .nearest import Nearest, fp32_products
+from .place import Place
 
 ROWS = {"cpu": 2048, "cuda": 65536}  # rows of a block: on a CPU all that is made of one stays in the cache
 FLUSH = 64  # blocks whose sums are fp32 before they are added up in fp64
@@ -73,14 +72,12 @@ class InMemory:
 
 
 @dataclass(frozen=True)
-class Where:
-    """Where the work is done: device, the exchange between ranks, and who is told how far it is.
+class Where(Place):
+    """Where the work is done, and who is told how far it is.
 
     progress: called with (rows done, rows of this rank) of one pass over the points.
     """
 
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    collectives: Collectives = ALONE
     progress: Callable[[int, int], None] = lambda done, total: None
 
     def span(self, count: int) -> range:

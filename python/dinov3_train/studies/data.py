@@ -178,7 +178,7 @@ def _stages(asked: DataStudy, out: Path, console: Console) -> _Stages:
         cluster=ClusterSettings(clusters=asked.clusters or (1,), iterations=20, resampling=3),
         retrieve=RetrieveSettings(),
     )
-    site = Site(console, device)
+    site = Site(device, console=console)
     run_chain(chain, backbone.backbone.to(device), seen_as, out, site=site, about={"backbone": backbone.origin})
     pool, duplicates = Embeddings(out / "embeddings" / "pool"), Duplicates(out / "duplicates")
     seeds = [Embeddings(out / "embeddings" / name) for name in chain.seeds]
