@@ -57,6 +57,7 @@ def choose_teacher(
             "from (run.history_every keeps a thin history while pretraining); or name one: teacher=RUN|FILE|ema"
         )
     record = out / "gram_teacher.json"
+    barrier()  # every rank has looked at the folder, which must be new, empty or this run's
     if here.first:
         choice, scores, untrained, measure = score_run(config, run, kept, named=named, labelled=labelled, here=here)
         out.mkdir(parents=True, exist_ok=True)
