@@ -44,11 +44,12 @@ DINOV3_EXT_INLINE void store_parts(Float low, Float high, char* line, int64_t pa
 
 // ---- products ----
 
-// Tiles of one side: part p, step s, 16 rows or columns m at data + p * part_stride + s * step_stride + m * kTile.
+// Tiles of one side: part p, step s, 16 rows or columns m at data + p * part_stride + s * step_stride + m * 16 * line.
 struct Operand {
   const char* data;
   int64_t part_stride, step_stride;  // bytes
   int parts;
+  int64_t line = kLine;  // bytes from one line of a tile to the next; a right side has kLine
 };
 
 struct PartProduct {
@@ -65,6 +66,7 @@ DINOV3_EXT_AMX inline void multiply_tiles(const PartProduct& given, int64_t row_
   const int64_t row = given.row;
   char* result = given.result + row_tile * 16 * row + panel * given.panel;
   char *beside = result + given.panel, *below = result + 16 * row, *across = below + given.panel;
+  const int64_t line = given.left.line;
   if (given.add) {
     _tile_loadd(0, result, row);
     if constexpr (Panels == 2) _tile_loadd(1, beside, row);
@@ -80,10 +82,10 @@ DINOV3_EXT_AMX inline void multiply_tiles(const PartProduct& given, int64_t row_
     for (int i = 0; i < given.left.parts; ++i) {
       const int j = sum - i;
       if (j < 0 || j >= given.right.parts) continue;
-      const char* left = given.left.data + i * given.left.part_stride + row_tile * kTile;
+      const char* left = given.left.data + i * given.left.part_stride + row_tile * 16 * line;
       const char* right = given.right.data + j * given.right.part_stride + panel * kTile;
       for (int64_t s = 0; s < given.steps; ++s, left += given.left.step_stride, right += given.right.step_stride) {
-        _tile_loadd(4, left, kLine);
+        _tile_loadd(4, left, line);
         _tile_loadd(6, right, kLine);
         _tile_dpbf16ps(0, 4, 6);
         if constexpr (Panels == 2) {
@@ -91,7 +93,7 @@ DINOV3_EXT_AMX inline void multiply_tiles(const PartProduct& given, int64_t row_
           _tile_dpbf16ps(1, 4, 7);
         }
         if constexpr (Rows == 32) {
-          _tile_loadd(5, left + kTile, kLine);
+          _tile_loadd(5, left + 16 * line, line);
           _tile_dpbf16ps(2, 5, 6);
           if constexpr (Panels == 2) _tile_dpbf16ps(3, 5, 7);
         }

@@ -147,9 +147,13 @@ DINOV3_EXT_INLINE typename Vector<W>::Float keep_first(typename Vector<W>::Float
 
 template <int W>
 DINOV3_EXT_INLINE float sum_lanes(typename Vector<W>::Float value) {
-  float sum = 0;
-  for (int lane = 0; lane < W; ++lane) sum += value[lane];
-  return sum;
+  if constexpr (W == 2) {
+    return value[0] + value[1];
+  } else {
+    typename Vector<W / 2>::Float half[2];
+    std::memcpy(half, &value, sizeof(half));
+    return sum_lanes<W / 2>(half[0] + half[1]);
+  }
 }
 
 // `below` where the sign bit of `value` is set, else `above`. (GCC 12 breaks down on value < 0 ? below : above where

@@ -44,8 +44,9 @@ def assert_as_good_as_torch(student: Tensor, teacher: Tensor, clip: str) -> None
         assert_accurate(*three, what=what)
 
 
-# Around the register tiles (6, 12 rows; 8, 16, 32 columns), blocks of 96 patches, 128 and 64 columns of the width.
-SHAPES = [(2, 2, 3), (3, 95, 33), (1, 97, 64), (2, 193, 129), (1, 260, 200)]
+# Around the register tiles (6, 12 rows; 8, 16, 32 columns), blocks of 96 patches, 128 and 64 columns of the width; with
+# widths of whole steps of 32, where bf16 features are read as they lie, last blocks of 1, 16 and 32 patches.
+SHAPES = [(2, 2, 3), (3, 95, 33), (1, 97, 64), (2, 193, 129), (1, 260, 200), (1, 112, 288), (3, 128, 96)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -90,6 +91,11 @@ def test_any_strides(variant: str, dtype: torch.dtype) -> None:
         ours = loss_and_gradient(gram_loss, view(student), view(teacher), "none")
         assert torch.equal(ours[0], expected[0]), name
         assert torch.equal(ours[1], expected[1]), name
+    student, teacher = (x.to(dtype) for x in features((3, 40, 128)))  # bf16: read as they lie or, strided, packed
+    for name, view in views.items():
+        assert_as_good_as_torch(view(student), view(teacher), "none")
+        loss, gradient = loss_and_gradient(gram_loss, student, view(student), "none")
+        assert loss.item() == gradient.abs().max().item() == 0, name
     one = teacher[:, :1].expand(-1, 40, -1)  # stride 0: all of the teacher's similarities are one
     ours, exact = gram_loss(student, one), gram_loss_reference(student.double(), one.double())
     assert ours.item() == pytest.approx(exact.item(), rel=1e-5)
@@ -110,6 +116,21 @@ def test_zero_tiny_and_huge_rows(variant: str, dtype: torch.dtype) -> None:
     for row in (0, 3, 7, 8):  # of sizes 1, 1e12, 1e8 and 1e-15
         scale = exact[1][0, row].abs().max()
         assert (ours[1][0, row].double() - exact[1][0, row]).abs().max() < spacing * scale, row
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e8])
+def test_short_and_long_rows_as_they_lie(variant: str, size: float) -> None:
+    """bf16 rows of moderate lengths are multiplied unscaled."""
+    student, teacher = features((2, 70, 96))
+    student[0, 7] *= size
+    student[1] *= size
+    teacher[:, 9] *= size
+    student, teacher = student.bfloat16(), teacher.bfloat16()
+    ours = loss_and_gradient(gram_loss, student, teacher, "none")
+    exact = loss_and_gradient(gram_loss_reference, student.double(), teacher.double(), "none")
+    assert ours[0].item() == pytest.approx(exact[0].item(), rel=1e-5)
+    error, largest = (ours[1].double() - exact[1]).abs().amax(dim=2), exact[1].abs().amax(dim=2)  # (2, 70)
+    assert (error < 1e-2 * largest).all()
 
 
 @pytest.mark.parametrize("shape", [(3, 100, 70), (1, 500, 96)], ids=str)

@@ -81,7 +81,7 @@ DINOV3_EXT_INLINE void similarities(const Work& work, bool teacher, int64_t imag
   constexpr int64_t tile = kTileRows<W>;
   const GramFeatures& features = teacher ? work.args.teacher : work.args.student;
   const double* inverse = work.inverse_norms(image, teacher);
-  const int64_t patches = work.plan.patches, from = work.first_image + image;
+  const int64_t patches = work.plan.patches, from = work.whole(image);
   const auto [begin, end, columns] = BlockPair(work, column);
   const Buffer<float> space(kBlock * kDepth);
   float* panels = space.data;
@@ -117,7 +117,7 @@ DINOV3_EXT_INLINE void narrow_similarities(const Work& work, int64_t image, int6
     for (const bool teacher : {false, true}) {
       const GramFeatures& features = teacher ? work.args.teacher : work.args.student;
       const double* inverse = work.inverse_norms(image, teacher);
-      const int64_t from = work.first_image + image;
+      const int64_t from = work.whole(image);
       for (int64_t n = 0; i == begin && n < columns; ++n) {
         read_row<W>(features, from, column * kBlock + n, 0, plan.width, 1., block[teacher][n]);
       }
@@ -134,21 +134,22 @@ DINOV3_EXT_INLINE void narrow_similarities(const Work& work, int64_t image, int6
   }
 }
 
-// Adds the loss of one row of one block, and turns it to d' and d' S. `gap`: similarities less targets; both are zeros
-// where the row is not to count. `diagonal`: of this row, in columns of the block, or -1.
-template <int W>
-DINOV3_EXT_INLINE float difference_row(GramClip clip, int64_t diagonal, const float* similarity, const float* gap,
-                                       float* difference, float* along_columns, double& loss) {
+// Adds the loss of one row of one block, and turns it to d' and d' S. `theirs`: the teacher's similarities, or, where
+// `Gaps`, how far they are below the student's; zeros, as `similarity`, where the row is not to count. `diagonal`: of
+// this row, in columns of the block, or -1.
+template <int W, bool Gaps>
+DINOV3_EXT_INLINE float difference_row(GramClip clip, int64_t diagonal, const float* similarity, const float* theirs,
+                                       float* difference, float* along_columns, double (&loss)[W]) {
   using Float = typename Vector<W>::Float;
   const Float zero = splat<W>(0.f);
   Float total = zero, along = zero;
   const float before = diagonal < 0 ? 0.f : along_columns[diagonal];
   alignas(64) float deviations[kBlock];
   for (int64_t n = 0; n < kBlock; n += W) {
-    const Float s = load<W>(similarity + n), g = load<W>(gap + n), t = s - g;
-    Float d = g;
-    if (clip != GramClip::none) d = t < zero ? s : d;
-    if (clip == GramClip::both) d = where_negative<W>(s, t < zero ? zero : -t, d);
+    const Float s = load<W>(similarity + n), other = load<W>(theirs + n), t = Gaps ? s - other : other;
+    Float d = Gaps ? other : s - other;
+    if (clip != GramClip::none) d = where_negative<W>(t, s, d);
+    if (clip == GramClip::both) d = where_negative<W>(s, where_negative<W>(t, zero, -t), d);
     total += d * d;
     if (diagonal >= 0) store<W>(deviations + n, d);
     if (difference) {
@@ -159,36 +160,37 @@ DINOV3_EXT_INLINE float difference_row(GramClip clip, int64_t diagonal, const fl
       store<W>(along_columns + n, load<W>(along_columns + n) + both);
     }
   }
-  loss += 2. * sum_lanes<W>(total);
+  for (int lane = 0; lane < W; ++lane) loss[lane] += 2. * total[lane];
   if (diagonal >= 0) {  // once, not twice
-    loss -= double(deviations[diagonal]) * deviations[diagonal];
+    loss[0] -= double(deviations[diagonal]) * deviations[diagonal];
     along_columns[diagonal] = before;
   }
   return sum_lanes<W>(along);
 }
 
-// Of the similarities in `ours`, and in `gaps` how far the teacher's are below them: loss, d' and t of a column.
-template <int W>
-DINOV3_EXT_INLINE void difference_column(const Work& work, int64_t image, int64_t column, float* ours, float* gaps) {
+// Of the similarities in `ours` and `theirs` (`difference_row`): loss, d' and t of a column.
+template <int W, bool Gaps>
+DINOV3_EXT_INLINE void difference_column(const Work& work, int64_t image, int64_t column, float* ours, float* theirs) {
   const GramPlan& plan = work.plan;
   const auto [begin, end, columns] = BlockPair(work, column);
   alignas(64) float along_columns[kBlock] = {}, row_of_differences[kBlock];
   float* parts = plan.gradient ? work.along_parts(image, column) : nullptr;
-  double loss = 0;
+  double losses[W] = {}, loss = 0;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t block = row / kBlock, diagonal = block < column ? -1 : row - column * kBlock;
-    for (float* one : {ours + (row - begin) * kBlock, gaps + (row - begin) * kBlock}) {
+    for (float* one : {ours + (row - begin) * kBlock, theirs + (row - begin) * kBlock}) {
       std::fill(one, one + std::max<int64_t>(diagonal, 0), 0.f);  // below the diagonal, and behind the last patch
       std::fill(one + columns, one + kBlock, 0.f);
     }
-    const float along =
-        difference_row<W>(work.args.clip, diagonal, ours + (row - begin) * kBlock, gaps + (row - begin) * kBlock,
-                          plan.gradient ? row_of_differences : nullptr, along_columns, loss);
+    const float along = difference_row<W, Gaps>(work.args.clip, diagonal, ours + (row - begin) * kBlock,
+                                                theirs + (row - begin) * kBlock,
+                                                plan.gradient ? row_of_differences : nullptr, along_columns, losses);
     if (!plan.gradient) continue;
     parts[row - begin] = along;
     float* to = work.differences(image, block) + (row - block * kBlock) * plan.pitch(block) + (column - block) * kBlock;
     std::copy(row_of_differences, row_of_differences + columns, to);
   }
+  for (const double lane : losses) loss += lane;
   double* total = work.loss(image, column);
   *total = work.strip == 0 ? loss : *total + loss;
   if (!plan.gradient) return;
@@ -209,17 +211,20 @@ DINOV3_EXT_INLINE void similarity_task(const Work& work, int64_t image, int64_t 
                                        Similarities product) {
   int64_t size = 0;
   for (int64_t column = first; column < last; ++column) size += BlockPair(work, column).size();
-  const Buffer<float> ours(size), gaps(size);
+  const Buffer<float> ours(size), theirs(size);
   const bool narrow = work.plan.width <= kNarrow;
   if (!narrow) {
     product(work, false, image, first, last, ours.data);
-    product(work, true, image, first, last, gaps.data);
-    for (int64_t i = 0; i < size; i += W) store<W>(gaps.data + i, load<W>(ours.data + i) - load<W>(gaps.data + i));
+    product(work, true, image, first, last, theirs.data);
   }
   int64_t at = 0;
   for (int64_t column = first; column < last; at += BlockPair(work, column++).size()) {
-    if (narrow) narrow_similarities<W>(work, image, column, ours.data + at, gaps.data + at);
-    difference_column<W>(work, image, column, ours.data + at, gaps.data + at);
+    if (narrow) {
+      narrow_similarities<W>(work, image, column, ours.data + at, theirs.data + at);
+      difference_column<W, true>(work, image, column, ours.data + at, theirs.data + at);
+    } else {
+      difference_column<W, false>(work, image, column, ours.data + at, theirs.data + at);
+    }
   }
 }
 
@@ -254,7 +259,7 @@ DINOV3_EXT_INLINE void put_rows(const Work& work, int64_t image, int64_t row, in
   const double entries = double(plan.images) * plan.patches * plan.patches;
   alignas(64) float x[std::max(kChunkColumns, kPartsColumns)];
   for (int64_t m = 0; m < rows; ++m) {
-    const int64_t i = row + m, at = ((work.first_image + image) * plan.patches + i) * plan.width + begin;
+    const int64_t i = row + m, at = (work.whole(image) * plan.patches + i) * plan.width + begin;
     float* sum = sums + m * pitch;
     float* wide = static_cast<float*>(work.args.grad) + at;
     uint16_t* high = static_cast<uint16_t*>(work.args.grad) + at;
@@ -270,17 +275,21 @@ DINOV3_EXT_INLINE void put_rows(const Work& work, int64_t image, int64_t row, in
       const double r = inverse[i];
       const float t = r >= kLongest ? 0.f : work.along(image)[i];  // else divided by a constant
       const float factor = float(4 / entries * r);
-      read_row<W>(work.args.student, work.first_image + image, i, begin, count, r, x);
-      for (int64_t n = 0; n < count; ++n) sum[n] = factor * (sum[n] - t * x[n]);
-    }
-    if (element == Element::float32) {
-      std::copy(sum, sum + count, wide);
-    } else if (finished) {
-      for (int64_t n = 0; n < count; n += W) {
-        uint16_t rounded_row[W];
-        store_element<Element::bfloat16, W>(rounded_row, 0, load<W>(sum + n));
-        std::copy(rounded_row, rounded_row + std::min<int64_t>(W, count - n), high + n);
+      read_row<W>(work.args.student, work.whole(image), i, begin, count, r, x);
+      for (int64_t n = 0; n < count; n += W) {  // both may be read up to a whole vector
+        const auto value = factor * (load<W>(sum + n) - t * load<W>(x + n));
+        if (element == Element::float32) {
+          count - n >= W ? store<W>(wide + n, value) : store_tail<W>(wide + n, value, count - n);
+        } else if (count - n >= W) {
+          store_element<Element::bfloat16, W>(high, n, value);
+        } else {
+          uint16_t rounded_row[W];
+          store_element<Element::bfloat16, W>(rounded_row, 0, value);
+          std::copy(rounded_row, rounded_row + count - n, high + n);
+        }
       }
+    } else if (element == Element::float32) {
+      std::copy(sum, sum + count, wide);
     } else {
       for (int64_t n = 0; n < count; ++n) {
         const uint32_t bits = bits_as<uint32_t>(sum[n]);
@@ -306,7 +315,7 @@ DINOV3_EXT_INLINE void gradient_task(const Work& work, int64_t image, int64_t fi
     const int64_t depth = std::min(kBlock, plan.patches - k * kBlock);
     for (int64_t i = 0; i < depth; ++i) {
       const int64_t j = k * kBlock + i;
-      read_row<W>(work.args.student, work.first_image + image, j, begin, count, inverse[j], row);
+      read_row<W>(work.args.student, work.whole(image), j, begin, count, inverse[j], row);
       for (int64_t n = 0; n < kChunkColumns; n += kTileColumns<W>) {
         std::copy(row + n, row + n + kTileColumns<W>, panels.data + n * kBlock + i * kTileColumns<W>);
       }
@@ -338,7 +347,7 @@ struct Kernels {
   double (*inverse_norm)(const GramFeatures&, int64_t image, int64_t row, int64_t width);
   void (*similarities)(const Work&, int64_t image, int64_t first, int64_t last);
   void (*gradient)(const Work&, int64_t image, int64_t first, int64_t last, int64_t begin);
-  int64_t gradient_columns;  // of the width, in a task
+  bool parts;  // products of bf16 parts
 };
 
 #define KERNELS_OF(TARGET, NAME, W)                                                                            \
@@ -357,7 +366,7 @@ struct Kernels {
   TARGET void gradient_##NAME(const Work& work, int64_t image, int64_t first, int64_t last, int64_t begin) {   \
     gradient_task<W>(work, image, first, last, begin);                                                         \
   }                                                                                                            \
-  constexpr Kernels kKernels_##NAME{inverse_norm_##NAME, similarities_##NAME, gradient_##NAME, kChunkColumns};
+  constexpr Kernels kKernels_##NAME{inverse_norm_##NAME, similarities_##NAME, gradient_##NAME, false};
 
 KERNELS_OF(, portable, 4)
 #if defined(__x86_64__)
@@ -368,13 +377,13 @@ DINOV3_EXT_AVX512 void similarities_with_amx(const Work& work, int64_t image, in
   similarity_task<16>(work, image, first, last, similarities_amx);
 }
 DINOV3_EXT_AVX512 void gradient_with_amx(const Work& work, int64_t image, int64_t first, int64_t last, int64_t begin) {
-  const int64_t count = std::min(kPartsColumns, work.plan.width - begin);
+  const int64_t count = std::min(work.plan.parts_columns, work.plan.width - begin);
   const int64_t rows = std::min(last * kBlock, work.plan.patches) - first * kBlock;
-  const Buffer<float> sums((last - first) * kBlock * kPartsColumns);
+  const Buffer<float> sums(GramPlan::divide_up(rows, 16) * 16 * work.plan.sums_pitch());
   gradient_sums_amx(work, image, first, last, begin, count, sums.data);
-  put_rows<16>(work, image, first * kBlock, rows, begin, count, sums.data, kPartsColumns);
+  put_rows<16>(work, image, first * kBlock, rows, begin, count, sums.data, work.plan.sums_pitch());
 }
-constexpr Kernels kKernels_amx{inverse_norm_avx512, similarities_with_amx, gradient_with_amx, kPartsColumns};
+constexpr Kernels kKernels_amx{inverse_norm_avx512, similarities_with_amx, gradient_with_amx, true};
 #endif
 
 const Kernels& kernels_here() {
@@ -392,6 +401,9 @@ struct Task {
   int64_t each;  // pieces of an image
 };
 
+// Of the width, in a task.
+int64_t gradient_columns(const Task& task) { return task.kernels.parts ? task.work.plan.parts_columns : kChunkColumns; }
+
 void norms_task(int64_t begin, int64_t end, void* context) {
   const Task& task = *static_cast<const Task*>(context);
   const int64_t patches = task.work.plan.patches;
@@ -400,7 +412,7 @@ void norms_task(int64_t begin, int64_t end, void* context) {
     const bool teacher = i / patches % 2;
     const GramFeatures& features = teacher ? task.work.args.teacher : task.work.args.student;
     task.work.inverse_norms(image, teacher)[row] =
-        task.kernels.inverse_norm(features, task.work.first_image + image, row, task.work.plan.width);
+        task.kernels.inverse_norm(features, task.work.whole(image), row, task.work.plan.width);
   }
 }
 
@@ -429,7 +441,7 @@ void join_along(const Work& work) {
 void gradient_tasks(int64_t begin, int64_t end, void* context) {
   const Task& task = *static_cast<const Task*>(context);
   const Work& work = task.work;
-  const int64_t each = task.kernels.gradient_columns;
+  const int64_t each = gradient_columns(task);
   const int64_t chunks = GramPlan::divide_up(work.plan.width, each), groups = task.each / chunks;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t group = i % groups, column = i / groups % chunks * each;
@@ -449,8 +461,8 @@ void gram_loss_cpu(const GramLoss& args, ParallelFor parallel_for) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(args.workspace);
   Work work{args, plan, static_cast<char*>(args.workspace) + (64 - address % 64) % 64, 0, 0, 0, 0, 0};
   double loss = 0;
-  for (; work.first_image < plan.images; work.first_image += plan.chunk) {
-    work.images = std::min(plan.chunk, plan.images - work.first_image);
+  for (; work.round < plan.rounds; ++work.round) {
+    work.images = GramPlan::divide_up(plan.images - work.round, plan.rounds);
     Task task{work, kernels, 2 * plan.patches};
     parallel_for(0, work.images * task.each, norms_task, &task);
     for (work.strip = 0; work.strip < plan.strips(); ++work.strip) {
@@ -460,7 +472,7 @@ void gram_loss_cpu(const GramLoss& args, ParallelFor parallel_for) {
       parallel_for(0, work.images * task.each, similarities_tasks, &task);
       if (!plan.gradient) continue;
       join_along(work);
-      task.each = GramPlan::divide_up(plan.width, kernels.gradient_columns) *
+      task.each = GramPlan::divide_up(plan.width, gradient_columns(task)) *
                   (1 + GramPlan::divide_up(plan.blocks - work.last, kGroupBlocks));
       parallel_for(0, work.images * task.each, gradient_tasks, &task);
     }

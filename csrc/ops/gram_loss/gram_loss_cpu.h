@@ -16,10 +16,14 @@ struct Work {
   const GramLoss& args;
   const GramPlan& plan;
   char* workspace;      // aligned
-  int64_t first_image;  // of the chunk
+  int64_t round;        // number of the chunk of images
   int64_t images;       // in the chunk
   int64_t strip;        // number of the strip
   int64_t first, last;  // its blocks
+
+  // Of the tensors, an image of the chunk. One in `rounds` is taken, so that a thread's share of every chunk is in that
+  // part of the tensors which a flat loop over them gives to the same thread: it is in its core's cache.
+  int64_t whole(int64_t image) const { return round + image * plan.rounds; }
 
   template <class T>
   T* part(int64_t offset, int64_t image, int64_t each) const {
@@ -92,15 +96,12 @@ DINOV3_EXT_INLINE void read_row(const GramFeatures& features, int64_t image, int
 
 // ---- products of bf16 parts on AMX tiles (gram_loss_cpu_parts.cpp)
 
-// Columns of the width in a task of their gradient.
-constexpr int64_t kPartsColumns = 256;
-
 #if defined(__x86_64__)
 // Similarities of one side: columns [first, last) of blocks, one behind the other as `BlockPair` says.
 void similarities_amx(const Work& work, bool teacher, int64_t image, int64_t first, int64_t last, float* result);
 
 // d' times the normalised features: rows of blocks [first, last), columns [begin, begin + count) of the width, to sums
-// (rows, kPartsColumns).
+// (rows, plan.sums_pitch()).
 void gradient_sums_amx(const Work& work, int64_t image, int64_t first, int64_t last, int64_t begin, int64_t count,
                        float* sums);
 #endif

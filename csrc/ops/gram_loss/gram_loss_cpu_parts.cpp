@@ -1,6 +1,7 @@
 // The products of gram_loss on AMX tiles, of features taken as sums of bf16 parts (core/cpu_parts.h). A row is scaled
 // to a length in [1/2, 1] by a power of two first, so that no part of what matters is subnormal; the rest of the
-// normalisation follows the sum.
+// normalisation follows the sum. bf16 features of moderate lengths need neither parts nor scaling: left operands are
+// read where they lie.
 #if defined(__x86_64__)
 #include <cstring>
 
@@ -17,18 +18,37 @@ constexpr int W = 16;
 constexpr int64_t kPanel = 16;  // columns
 // Of the width, packed at a time for similarities: the operands stay near the first cache.
 template <int Parts>
-constexpr int64_t kDepth = Parts == 1 ? 256 : 128;
+constexpr int64_t kDepth = Parts == 1   ? 256
+                           : Parts == 2 ? 128
+                                        : 64;
 
 // Turns a tile of 16 lines: word w of line r becomes word r of line w.
-DINOV3_EXT_INLINE void turn_tile(const char* from, char* to) {
+DINOV3_EXT_INLINE void turn_tile(const char* from, int64_t line, char* to) {
   Float square[W];
-  for (int i = 0; i < W; ++i) square[i] = load_words<W>(from + i * kLine);
+  for (int i = 0; i < W; ++i) square[i] = load_words<W>(from + i * line);
   transpose<W>(square);
   for (int i = 0; i < W; ++i) std::memcpy(to + i * kLine, &square[i], kLine);
 }
 
 // The power of two near a row's 1 / norm, and what is left of it.
 DINOV3_EXT_INLINE double power_near(double inverse) { return std::ldexp(1., std::ilogb(inverse)); }
+
+// Whether the features of an image are bf16 numbers that can be multiplied as they lie, and no product of two rows
+// leaves the range of fp32 or loses what counts to AMX, which takes subnormal numbers for zero. Of both sides: products
+// are summed in another order then, and equal features must have equal similarities.
+bool is_plain(const Work& work, int64_t image) {
+  for (const GramFeatures* features : {&work.args.student, &work.args.teacher}) {
+    if (features->element != Element::bfloat16 || features->column_stride != 1) return false;
+  }
+  const double* inverse = work.inverse_norms(image, false);  // the teacher's lie behind
+  const auto moderate = [](double r) { return r > 0x1p-39 && r < 0x1p39; };
+  return work.plan.width % kStep == 0 && std::all_of(inverse, inverse + 2 * work.plan.patches, moderate);
+}
+
+// Of a factor 1 / norm what the packed features do not have.
+DINOV3_EXT_INLINE float rest_of(double inverse, bool plain) {
+  return float(plain ? inverse : inverse / power_near(inverse));
+}
 
 // Rows of features lie apart, a page or more, where no hardware foresees them.
 constexpr int64_t kRowsAhead = 6;
@@ -60,6 +80,18 @@ DINOV3_EXT_INLINE void pack_left(const GramFeatures& features, const double* inv
   }
 }
 
+// The same of plain features: where they lie, or copied where zeros must follow the last patch.
+DINOV3_EXT_INLINE Operand plain_left(const GramFeatures& features, int64_t image, int64_t row, int64_t patches,
+                                     int64_t begin, int64_t count, char* copy) {
+  const char* from =
+      static_cast<const char*>(features.data) + (image * features.image_stride + row * features.row_stride + begin) * 2;
+  const int64_t rows = std::min(kBlock, patches - row), stride = features.row_stride * 2;
+  if (rows % 32 == 0) return {from, 0, kLine, 1, stride};
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(copy + r * count * 2, from + r * stride, count * 2);
+  std::memset(copy + rows * count * 2, 0, (GramPlan::divide_up(rows, 32) * 32 - rows) * count * 2);
+  return {copy, 0, kLine, 1, count * 2};
+}
+
 // ---- 1. similarities ----
 
 // Splitting a number into parts takes as long as multiplying it with the 96 rows of a block, so a block of rows is
@@ -71,7 +103,8 @@ DINOV3_EXT_AMX void similarities_of(const Work& work, bool teacher, int64_t imag
   const AmxTiles tiles;
   const GramFeatures& features = teacher ? work.args.teacher : work.args.student;
   const double* inverse = work.inverse_norms(image, teacher);
-  const int64_t patches = work.plan.patches, from = work.first_image + image, width = work.plan.width;
+  const int64_t patches = work.plan.patches, from = work.whole(image), width = work.plan.width;
+  const bool plain = Parts == 1 && is_plain(work, image);
   constexpr int64_t kPanels = kBlock / kPanel, kMostSteps = kDepth<Parts> / kStep;
   constexpr int64_t kPart = kMostSteps * kPanels * kTile;
   const Buffer<char> left(Parts * kPart), right((last - first) * Parts * kPart);
@@ -79,26 +112,30 @@ DINOV3_EXT_AMX void similarities_of(const Work& work, bool teacher, int64_t imag
     const int64_t depth = std::min(kDepth<Parts>, width - k), steps = GramPlan::divide_up(depth, kStep);
     for (int64_t block = last - 1; block >= work.first; --block) {
       if (block < first && block >= work.last) continue;  // below the strip, left of the columns
-      pack_left<Parts>(features, inverse, from, block * kBlock, patches, k, depth, left.data, kPart);
+      const int64_t row_tiles = GramPlan::divide_up(std::min(kBlock, patches - block * kBlock), kPanel);
+      Operand rows{left.data, kPart, kPanels * kTile, Parts};
+      if (plain) {
+        rows = plain_left(features, from, block * kBlock, patches, k, depth, left.data);
+      } else {
+        pack_left<Parts>(features, inverse, from, block * kBlock, patches, k, depth, left.data, kPart);
+      }
       if (block >= first) {
         char* own = right.data + (block - first) * Parts * kPart;
-        for (int64_t tile = 0; tile < Parts * kMostSteps * kPanels; ++tile) {
-          if (tile % (kMostSteps * kPanels) >= steps * kPanels) continue;
-          turn_tile(left.data + tile * kTile, own + tile * kTile);
+        for (int64_t part = 0; part < Parts; ++part) {
+          for (int64_t s = 0; s < steps; ++s) {
+            for (int64_t tile = 0; tile < GramPlan::divide_up(row_tiles, 2) * 2; ++tile) {
+              turn_tile(rows.data + part * rows.part_stride + s * rows.step_stride + tile * 16 * rows.line, rows.line,
+                        own + part * kPart + (s * kPanels + tile) * kTile);
+            }
+          }
         }
       }
       if (block >= work.last) continue;
-      const int64_t row_tiles = GramPlan::divide_up(std::min(kBlock, patches - block * kBlock), kPanel);
       float* to = result + (block - work.first) * kBlock * kBlock;
       for (int64_t column = first; column < last; to += BlockPair(work, column++).size()) {
         if (column < block) continue;
-        const PartProduct given{{left.data, kPart, kPanels * kTile, Parts},
-                                {right.data + (column - first) * Parts * kPart, kPart, kPanels * kTile, Parts},
-                                steps,
-                                reinterpret_cast<char*>(to),
-                                kBlock * 4,
-                                kLine,
-                                k > 0};
+        const Operand columns{right.data + (column - first) * Parts * kPart, kPart, kPanels * kTile, Parts};
+        const PartProduct given{rows, columns, steps, reinterpret_cast<char*>(to), kBlock * 4, kLine, k > 0};
         if (column > block) {
           multiply_panels(given, row_tiles, GramPlan::divide_up(BlockPair(work, column).columns, kPanel));
           continue;
@@ -113,12 +150,9 @@ DINOV3_EXT_AMX void similarities_of(const Work& work, bool teacher, int64_t imag
   for (int64_t column = first; column < last; ++column) {
     const BlockPair pair(work, column);
     alignas(64) float rest[kBlock] = {};
-    for (int64_t n = 0; n < pair.columns; ++n) {
-      const double r = inverse[column * kBlock + n];
-      rest[n] = float(r / power_near(r));
-    }
+    for (int64_t n = 0; n < pair.columns; ++n) rest[n] = rest_of(inverse[column * kBlock + n], plain);
     for (int64_t row = pair.begin; row < pair.end; ++row) {
-      const float own = float(inverse[row] / power_near(inverse[row]));
+      const float own = rest_of(inverse[row], plain);
       float* to = result + (row - pair.begin) * kBlock;
       for (int64_t n = 0; n < kBlock; n += W) store<W>(to + n, load<W>(to + n) * (load<W>(rest + n) * own));
     }
@@ -173,8 +207,56 @@ DINOV3_EXT_INLINE void pack_differences(const Work& work, int64_t image, int64_t
         }
       }
       for (int part = 0; part < Entries; ++part) {
-        turn_tile(square[part], to + part * part_stride + (s * kTiles + tile) * kTile);
+        turn_tile(square[part], kLine, to + part * part_stride + (s * kTiles + tile) * kTile);
       }
+    }
+  }
+}
+
+// Rows of block `depth_block` of the student, scaled by a power of two: right operands, `panels` tiles a step.
+template <int Parts>
+DINOV3_EXT_INLINE void pack_right(const Work& work, int64_t image, int64_t depth_block, int64_t begin, int64_t count,
+                                  int64_t panels, char* to, int64_t part_stride) {
+  const double* inverse = work.inverse_norms(image, false);
+  const int64_t first = depth_block * kBlock, depth = std::min(kBlock, work.plan.patches - first);
+  alignas(64) float rows[2][kPartsColumns] = {};
+  for (int64_t line = 0; line < kBlock / 2; ++line) {
+    const int64_t s = line / W, w = line % W;
+    for (int half = 0; half < 2; ++half) {
+      const int64_t i = s * kStep + half * W + w;
+      if (i + kRowsAhead < depth) {
+        prefetch_row(work.args.student, work.whole(image), first + i + kRowsAhead, begin, count);
+      }
+      if (i < depth) {
+        read_row<W>(work.args.student, work.whole(image), first + i, begin, count, power_near(inverse[first + i]),
+                    rows[half]);
+      } else {
+        std::fill(rows[half], rows[half] + kPartsColumns, 0.f);
+      }
+    }
+    for (int64_t n = 0; n < panels; ++n) {
+      store_parts<Parts>(load<W>(rows[0] + n * W), load<W>(rows[1] + n * W), to + (s * panels + n) * kTile + w * kLine,
+                         part_stride);
+    }
+  }
+}
+
+// The same of plain features: two rows become the words of lines.
+DINOV3_EXT_INLINE void plain_right(const Work& work, int64_t image, int64_t depth_block, int64_t begin, int64_t panels,
+                                   char* to) {
+  alignas(64) static constexpr uint16_t kNothing[kPartsColumns] = {};
+  const GramFeatures& student = work.args.student;
+  const int64_t first = depth_block * kBlock, depth = std::min(kBlock, work.plan.patches - first);
+  const uint16_t* block = static_cast<const uint16_t*>(student.data) + work.whole(image) * student.image_stride +
+                          first * student.row_stride + begin;
+  for (int64_t line = 0; line < kBlock / 2; ++line) {
+    const int64_t s = line / W, w = line % W, i = s * kStep + w;
+    const uint16_t* low = i < depth ? block + i * student.row_stride : kNothing;
+    const uint16_t* high = i + W < depth ? block + (i + W) * student.row_stride : kNothing;
+    for (int64_t n = 0; n < panels; ++n) {
+      const Unsigned words = bits_as<Unsigned>(load_element<Element::bfloat16, W>(low, n * W)) >> 16 |
+                             bits_as<Unsigned>(load_element<Element::bfloat16, W>(high, n * W));
+      std::memcpy(to + (s * panels + n) * kTile + w * kLine, &words, sizeof(words));
     }
   }
 }
@@ -186,44 +268,26 @@ DINOV3_EXT_AMX void gradient_of(const Work& work, int64_t image, int64_t first, 
   const GramPlan& plan = work.plan;
   const int64_t depth_last = first < work.last ? plan.blocks : work.last;
   const double* inverse = work.inverse_norms(image, false);
-  const GramFeatures& student = work.args.student;
-  constexpr int64_t kPanels = kPartsColumns / kPanel, kSteps = kBlock / kStep;
-  constexpr int64_t kLeftPart = kBlock / 16 * kSteps * kTile, kRightPart = kSteps * kPanels * kTile;
-  const int64_t panels = GramPlan::divide_up(count, kPanel);
-  const Buffer<char> left(Entries * kLeftPart), right(Parts * kRightPart);
-  alignas(64) float rows[2][kPartsColumns] = {}, rest[kBlock];
+  constexpr int64_t kSteps = kBlock / kStep, kLeftPart = kBlock / 16 * kSteps * kTile;
+  const int64_t panels = GramPlan::divide_up(count, kPanel), right_part = kSteps * panels * kTile;
+  const Buffer<char> left(Entries * kLeftPart), right(Parts * right_part);
+  alignas(64) float rest[kBlock];
+  const bool plain = Parts == 1 && is_plain(work, image);
   for (int64_t k = work.first; k < depth_last; ++k) {
     const int64_t depth = std::min(kBlock, plan.patches - k * kBlock);
-    for (int64_t i = 0; i < kBlock; ++i) {
-      const double r = i < depth ? inverse[k * kBlock + i] : 0.;
-      rest[i] = i < depth ? float(r / power_near(r)) : 0.f;
-    }
-    for (int64_t s = 0; s < kSteps; ++s) {
-      for (int64_t w = 0; w < W; ++w) {
-        for (int half = 0; half < 2; ++half) {
-          const int64_t i = s * kStep + half * W + w, j = k * kBlock + i;
-          if (i + kRowsAhead < depth) {
-            prefetch_row(student, work.first_image + image, j + kRowsAhead, begin, count);
-          }
-          if (i < depth) {
-            read_row<W>(student, work.first_image + image, j, begin, count, power_near(inverse[j]), rows[half]);
-          } else {
-            std::fill(rows[half], rows[half] + kPartsColumns, 0.f);
-          }
-        }
-        for (int64_t n = 0; n < panels; ++n) {
-          store_parts<Parts>(load<W>(rows[0] + n * W), load<W>(rows[1] + n * W),
-                             right.data + (s * kPanels + n) * kTile + w * 64, kRightPart);
-        }
-      }
+    for (int64_t i = 0; i < kBlock; ++i) rest[i] = i < depth ? rest_of(inverse[k * kBlock + i], plain) : 0.f;
+    if (plain) {
+      plain_right(work, image, k, begin, panels, right.data);
+    } else {
+      pack_right<Parts>(work, image, k, begin, count, panels, right.data, right_part);
     }
     for (int64_t block = first; block < last; ++block) {
       pack_differences<Entries>(work, image, block, k, rest, left.data, kLeftPart);
       const PartProduct given{{left.data, kLeftPart, kBlock / 16 * kTile, Entries},
-                              {right.data, kRightPart, kPanels * kTile, Parts},
+                              {right.data, right_part, panels * kTile, Parts},
                               kSteps,
-                              reinterpret_cast<char*>(sums + (block - first) * kBlock * kPartsColumns),
-                              kPartsColumns * 4,
+                              reinterpret_cast<char*>(sums + (block - first) * kBlock * plan.sums_pitch()),
+                              plan.sums_pitch() * 4,
                               kLine,
                               k > work.first};
       const int64_t height = std::min(kBlock, plan.patches - block * kBlock);

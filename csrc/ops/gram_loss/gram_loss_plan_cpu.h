@@ -14,14 +14,16 @@
 
 namespace dinov3_ext {
 
-inline constexpr int64_t kGramBlock = 96;  // patches; a multiple of the rows and columns of every register tile
+inline constexpr int64_t kGramBlock = 96;      // patches; a multiple of the rows and columns of every register tile
+inline constexpr int64_t kPartsColumns = 512;  // of the width, in a task of the gradient on AMX, at most
 
 struct GramPlan {
   int64_t images, patches, width;
   int64_t blocks;           // of patches
   int64_t strip_blocks;     // rows of blocks in a strip
-  int64_t chunk;            // images at a time
+  int64_t chunk, rounds;    // images at a time, and how often
   int64_t columns_at_once;  // columns of blocks in a task of similarities
+  int64_t parts_columns;    // of the width, in a task of the gradient on AMX
   bool gradient;            // wanted
   bool low_halves;          // a 16-bit gradient that several strips add to
 
@@ -35,6 +37,8 @@ struct GramPlan {
     return divide_up(patches - block * kGramBlock, 16) * 16 +
            (divide_up(patches - block * kGramBlock, 16) % 2 ? 0 : 16);
   }
+  // Floats from one row of sums on AMX to the next: an odd number of cache lines for common widths.
+  int64_t sums_pitch() const { return parts_columns + 16; }
   // Floats before row `block` of blocks, of a strip from block `first` on.
   int64_t offset(int64_t first, int64_t block) const {
     int64_t sum = 0;
@@ -54,8 +58,11 @@ struct GramPlan {
     const int64_t one = gradient ? 4 * offset(0, strip_blocks) : 1;
     chunk = strips() > 1 ? 1 : std::clamp<int64_t>(budget / one, 1, std::min<int64_t>(images, 64));
     if (chunk > 1 && chunk % 2) chunk = std::min(chunk + 1, images);  // an even number for two threads
-    // Some 90,000 numbers a thread more than one column alone: where a 64th of what PyTorch holds is as much.
-    columns_at_once = held / 64 >= 360'000 ? 3 : 1;
+    rounds = divide_up(images, chunk);
+    // Rows that are split into parts are split once for three columns; bf16 rows are not split.
+    const bool split = args.student.element != Element::bfloat16 || args.teacher.element != Element::bfloat16;
+    columns_at_once = split ? 3 : 1;
+    parts_columns = std::min<int64_t>(divide_up(width, 16) * 16, kPartsColumns);
     low_halves = gradient && strips() > 1 && gram_grad_element(args.student.element) == Element::bfloat16;
 
     int64_t next = 0;

@@ -163,14 +163,14 @@ void for_each_sequence_and_head(const RopePacked& packed, AttentionTask task, At
       0, walk.tasks,
       [](int64_t, int64_t, void* context) {
         WalkOverSequences& walk = *static_cast<WalkOverSequences*>(context);
-        const Scratch scratch(walk.scratch);
+        const Buffer<char> scratch(walk.scratch);
 #if defined(__x86_64__)
         if (walk.kernels.tiles) {
           const AmxTiles tiles;
-          return walk.work(scratch.begin());
+          return walk.work(scratch.data);
         }
 #endif
-        walk.work(scratch.begin());
+        walk.work(scratch.data);
       },
       &walk);
 }

@@ -155,20 +155,7 @@ struct Sizes {
         row_words(round_up(divide_up(width, pair), kLineWords)) {}
 };
 
-// Memory of one thread, cut into blocks of whole lines.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) : memory_(new(std::align_val_t(kLine)) char[static_cast<size_t>(bytes)]) {}
-  char* begin() const { return memory_.get(); }
-
- private:
-  struct Delete {
-    void operator()(char* memory) const { operator delete[](memory, std::align_val_t(kLine)); }
-  };
-  std::unique_ptr<char[], Delete> memory_;
-};
-
-// Hands out blocks; with a null start it only counts.
+// Hands out blocks of whole lines; with a null start it only counts.
 class Blocks {
  public:
   explicit Blocks(char* start) : start_(start) {}
