@@ -6,8 +6,6 @@
 // core/cpu_product.h.
 #pragma once
 
-#include <memory>
-
 #include "core/cpu_product.h"
 #include "ops/rope_attention/rope_attention.h"
 
